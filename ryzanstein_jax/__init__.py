@@ -1,0 +1,1 @@
+"""LLM inference in JAX on many devices. Importing this package does not import JAX."""

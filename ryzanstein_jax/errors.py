@@ -1,0 +1,58 @@
+"""Typed errors. Each names what was wrong, what was found and what to do about it."""
+
+from __future__ import annotations
+
+
+class RyzansteinError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class ConfigError(RyzansteinError, ValueError):
+    """A setting is invalid: names the field, the value and the remedy."""
+
+    def __init__(self, field: str, value: object, remedy: str):
+        super().__init__(f"{field}={value!r} is invalid: {remedy}")
+        self.field, self.value, self.remedy = field, value, remedy
+
+
+class RequestError(RyzansteinError, ValueError):
+    """One request is invalid and was refused; nothing else is affected."""
+
+    def __init__(self, field: str, value: object, remedy: str):
+        shown = repr(value)
+        if len(shown) > 80:
+            shown = shown[:77] + "..."
+        super().__init__(f"{field}={shown} is invalid: {remedy}")
+        self.field, self.value, self.remedy = field, value, remedy
+
+
+class UnsupportedModelError(RyzansteinError, ValueError):
+    """The model's configuration asks for mathematics that this engine does not have."""
+
+
+class WeightsError(RyzansteinError):
+    """Weights that are missing, truncated, corrupt or of another shape or type than the model's."""
+
+    def __init__(
+        self,
+        problem: str,
+        *,
+        file: object = None,
+        tensor: str | None = None,
+        expected: object = None,
+        found: object = None,
+    ):
+        parts = [problem]
+        for label, value in (("file", file), ("tensor", tensor), ("expected", expected), ("found", found)):
+            if value is not None:
+                parts.append(f"{label}: {value}")
+        super().__init__("; ".join(parts))
+        self.file, self.tensor, self.expected, self.found = file, tensor, expected, found
+
+
+class MemoryBudgetError(RyzansteinError):
+    """The model or its KV cache does not fit the memory budget; the message holds the sum."""
+
+
+class EngineClosedError(RyzansteinError, RuntimeError):
+    """The engine was closed, or failed, before the request could finish."""

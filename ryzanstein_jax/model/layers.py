@@ -1,0 +1,207 @@
+"""Parallel layers. Each parameter states its shape, dtype and logical axes once, here.
+
+A module is built abstract: its `nnx.Param`s hold `ShapeDtypeStruct`s with an `axes` note, and
+initialization, sharding and loading all read them. Kernels are stored [output..., input...], as
+checkpoints store them, so that a memory-mapped slice needs no transpose; XLA's CPU matrix-vector
+product is also faster that way round.
+
+Array names end in their dims: T tokens, D embed, K KV slots, Q query heads per slot, H head_dim,
+F ffn, V vocab, E experts, R rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ryzanstein_jax.model.spec import MoeSpec, RopeSpec
+
+
+def param(shape: tuple[int, ...], axes: tuple[str | None, ...], dtype: jnp.dtype) -> nnx.Param:
+    """An abstract parameter: shape, dtype and logical axes, without values."""
+    assert len(shape) == len(axes), (shape, axes)
+    return nnx.Param(jax.ShapeDtypeStruct(shape, dtype), axes=axes)
+
+
+def activation(name: str) -> Callable[[jax.Array], jax.Array]:
+    return {
+        "silu": jax.nn.silu,
+        "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+        "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    }[name]
+
+
+class ColumnParallelLinear(nnx.Module):
+    """y = x W^T + b, sharded over an output dimension: no communication.
+
+    The output may have several dimensions; `axes` names them, and one of them is sharded.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_shape: tuple[int, ...],
+        axes: tuple[str, ...],
+        *,
+        dtype: jnp.dtype,
+        bias: bool = False,
+    ):
+        self.kernel = param((*out_shape, in_features), (*axes, "embed"), dtype)
+        self.bias = param(out_shape, axes, dtype) if bias else None
+
+    def __call__(self, x_TD: jax.Array) -> jax.Array:
+        kernel = self.kernel[...]
+        y = jax.lax.dot_general(x_TD, kernel, (((1,), (kernel.ndim - 1,)), ((), ())))
+        return y if self.bias is None else y + self.bias[...]
+
+
+class RowParallelLinear(nnx.Module):
+    """y = x W^T + b, sharded over an input dimension: XLA follows it with an all-reduce.
+
+    The input may have several dimensions; `axes` names them, and one of them is sharded.
+    """
+
+    def __init__(
+        self,
+        in_shape: tuple[int, ...],
+        out_features: int,
+        axes: tuple[str, ...],
+        *,
+        dtype: jnp.dtype,
+        bias: bool = False,
+    ):
+        self.kernel = param((out_features, *in_shape), ("embed", *axes), dtype)
+        self.bias = param((out_features,), ("embed",), dtype) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.kernel[...]
+        contract = tuple(range(1, kernel.ndim))
+        y_TD = jax.lax.dot_general(x, kernel, ((contract, contract), ((), ())))
+        y_TD = replicate(y_TD)
+        return y_TD if self.bias is None else y_TD + self.bias[...]
+
+
+def replicate(x: jax.Array) -> jax.Array:
+    """Asks for `x` whole on each device: after a row-parallel product this is its all-reduce."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, jax.sharding.PartitionSpec())
+
+
+class VocabParallelEmbedding(nnx.Module):
+    """Token embedding, and the output projection too where the two are tied; sharded over the vocabulary."""
+
+    def __init__(self, vocab_size: int, features: int, *, dtype: jnp.dtype):
+        self.table = param((vocab_size, features), ("vocab", "embed"), dtype)
+
+    def __call__(self, tokens_T: jax.Array) -> jax.Array:
+        return replicate(jnp.take(self.table[...], tokens_T, axis=0, mode="clip"))
+
+    def logits(self, x_RD: jax.Array) -> jax.Array:
+        """float32 [R, V], sharded over V."""
+        return jax.lax.dot_general(
+            x_RD, self.table[...], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+        )
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * (scale + offset), computed in float32."""
+
+    def __init__(self, features: int, *, eps: float, offset: float = 0.0, dtype: jnp.dtype, axis: str = "embed"):
+        self.scale = param((features,), (axis,), dtype)
+        self.eps, self.offset = eps, offset
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x32 = x.astype(jnp.float32)
+        y = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        return (y * (self.scale[...].astype(jnp.float32) + self.offset)).astype(x.dtype)
+
+
+class AllHeadsRMSNorm(nnx.Module):
+    """OLMo-2's norm over all heads together: heads are sharded, so XLA adds a small all-reduce.
+
+    `counted` [K, Q] marks each real head once: padding and repeated KV heads must not count in the mean.
+    """
+
+    def __init__(
+        self, shape: tuple[int, ...], axes: tuple[str, ...], counted: jax.typing.ArrayLike, features: int,
+        *, eps: float, dtype: jnp.dtype,
+    ):  # fmt: skip
+        self.scale = param(shape, axes, dtype)
+        self.counted = counted
+        self.features, self.eps = features, eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x32 = x.astype(jnp.float32)
+        squares = jnp.sum(x32 * x32, axis=-1) * jnp.asarray(self.counted, jnp.float32)
+        mean = jnp.sum(squares, axis=tuple(range(1, squares.ndim))) / self.features
+        y = x32 * jax.lax.rsqrt(mean + self.eps).reshape(-1, *([1] * (x.ndim - 1)))
+        return (y * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+
+
+def rope_tables(rope: RopeSpec, positions_T: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """cos and sin, float32 [T, rotary_dim / 2] each."""
+    angles = positions_T[:, None].astype(jnp.float32) * jnp.asarray(rope.inv_freq, jnp.float32)
+    return jnp.cos(angles) * rope.scale, jnp.sin(angles) * rope.scale
+
+
+def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotates the first `rotary_dim` features of x [T, ..., H] by halves, as Hugging Face models do."""
+    half = cos.shape[-1]
+    broadcast = (cos.shape[0], *([1] * (x.ndim - 2)), half)
+    cos, sin = cos.reshape(broadcast), sin.reshape(broadcast)
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    first, second = first.astype(jnp.float32), second.astype(jnp.float32)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    return jnp.concatenate([rotated, rest], axis=-1) if rest.shape[-1] else rotated
+
+
+class Mlp(nnx.Module):
+    """down(act(gate(x)) * up(x)): gate and up are one column-parallel product, down is row-parallel."""
+
+    def __init__(self, embed: int, ffn: int, act: str, *, dtype: jnp.dtype, bias: bool = False):
+        self.gate_up = ColumnParallelLinear(embed, (2, ffn), ("gate_up", "ffn"), dtype=dtype, bias=bias)
+        self.down = RowParallelLinear((ffn,), embed, ("ffn",), dtype=dtype, bias=bias)
+        self.act = act
+
+    def __call__(self, x_TD: jax.Array) -> jax.Array:
+        y_T2F = self.gate_up(x_TD)
+        return self.down(activation(self.act)(y_T2F[:, 0]) * y_T2F[:, 1])
+
+
+class MoeMlp(nnx.Module):
+    """Mixture of experts, sharded by expert: each device adds what its experts give, then one all-reduce.
+
+    Each device runs all of its experts over all tokens and weighs their outputs, zero for tokens not
+    routed to them. That is exact, and reads each weight once; it does more arithmetic than a grouped
+    product would, which matters for long prefills only.
+    """
+
+    def __init__(self, embed: int, spec: MoeSpec, num_experts_padded: int, act: str, *, dtype: jnp.dtype):
+        e, f = num_experts_padded, spec.intermediate_size
+        self.router = param((spec.num_experts, embed), (None, "embed"), dtype)
+        self.gate_up = param((e, 2, f, embed), ("experts", "gate_up", "expert_ffn", "embed"), dtype)
+        self.down = param((e, embed, f), ("experts", "embed", "expert_ffn"), dtype)
+        self.spec, self.act, self.num_experts_padded = spec, act, e
+
+    def routing(self, x_TD: jax.Array) -> jax.Array:
+        """float32 [T, E]: each token's weight for each expert, zero for those it is not routed to."""
+        logits_TE = jax.lax.dot_general(x_TD, self.router[...], (((1,), (1,)), ((), ())))
+        probs_TE = jax.nn.softmax(logits_TE.astype(jnp.float32), axis=-1)
+        top, chosen = jax.lax.top_k(probs_TE, self.spec.top_k)
+        if self.spec.normalize_top_k:
+            top = top / jnp.sum(top, axis=-1, keepdims=True)
+        one_hot = jax.nn.one_hot(chosen, self.num_experts_padded, dtype=jnp.float32)
+        return jnp.einsum("tk,tke->te", top, one_hot)
+
+    def __call__(self, x_TD: jax.Array) -> jax.Array:
+        weights_TE = self.routing(x_TD).astype(x_TD.dtype)
+        y_ET2F = jnp.einsum("td,egfd->etgf", x_TD, self.gate_up[...])
+        z_ETF = activation(self.act)(y_ET2F[:, :, 0]) * y_ET2F[:, :, 1]
+        # Weigh before the down projection, so that its sum over experts and features is one product.
+        z_ETF = z_ETF * weights_TE.T[:, :, None]
+        return replicate(jnp.einsum("etf,edf->td", z_ETF, self.down[...]))

@@ -1,0 +1,101 @@
+"""`ModelSpec`: what a model computes, as data. No JAX here."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class RopeSpec:
+    """Rotary position embedding.
+
+    `inv_freq` are the frequencies of the rotated pairs, [rotary_dim / 2], all scaling (linear, Llama 3,
+    YaRN, longrope) already in them; `scale` multiplies cos and sin (YaRN and longrope use it).
+    """
+
+    inv_freq: tuple[float, ...]
+    scale: float = 1.0
+
+    @property
+    def rotary_dim(self) -> int:
+        return 2 * len(self.inv_freq)
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """What may differ between the layers of one model."""
+
+    window: int | None = None  # sliding-window attention over that many tokens, itself included
+    rope: int = 0  # index into ModelSpec.ropes
+    moe: bool = False
+
+
+@dataclass(frozen=True)
+class MoeSpec:
+    num_experts: int
+    top_k: int
+    intermediate_size: int
+    normalize_top_k: bool  # divide the chosen probabilities by their sum
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """One decoder of any family. `families.py` makes it from a Hugging Face `config.json`."""
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    layers: tuple[LayerSpec, ...]
+    ropes: tuple[RopeSpec, ...]
+    max_position_embeddings: int
+    norm_eps: float
+    activation: str  # "silu", "gelu" or "gelu_tanh"
+    attention_scale: float
+    tie_embeddings: bool
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: str | None = None  # "head": over each head; "all": over all heads together (OLMo-2)
+    norms: str = "pre"  # "pre", "post" (OLMo-2) or "both" (Gemma): around attention and MLP
+    norm_offset: float = 0.0  # Gemma's weights are stored less one
+    embedding_scale: float = 1.0
+    attention_softcap: float | None = None
+    logits_softcap: float | None = None
+    moe: MoeSpec | None = None
+    dtype: str = "float32"  # of the checkpoint
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def queries_per_kv_head(self) -> int:
+        return self.num_heads // self.num_kv_heads
+
+    def replace(self, **changes: object) -> ModelSpec:
+        return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+
+    def num_parameters(self) -> int:
+        """Parameters of the model itself, without the padding that sharding may add."""
+        d, q, k, h = self.hidden_size, self.num_heads, self.num_kv_heads, self.head_dim
+        attention = d * (q + 2 * k) * h + q * h * d
+        attention += (q + 2 * k) * h * self.qkv_bias + d * self.out_bias
+        attention += {None: 0, "head": 2 * h, "all": (q + k) * h}[self.qk_norm]
+        norms = d * (4 if self.norms == "both" else 2)
+        total = (1 if self.tie_embeddings else 2) * self.vocab_size * d + d
+        for layer in self.layers:
+            total += attention + norms
+            if layer.moe:
+                assert self.moe is not None
+                total += self.moe.num_experts * (d + 3 * d * self.moe.intermediate_size)
+            else:
+                f = self.intermediate_size
+                total += 3 * d * f + (2 * f + d) * self.mlp_bias
+        return total
