@@ -11,7 +11,7 @@ the next token, or (`target >= 0`) to score a given one for prompt log-probabili
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -78,8 +78,8 @@ class StepPlan:
     rows: np.ndarray
     full: bool = False
     num_logprobs: int = -1
-    bias: np.ndarray = np.zeros(0, BIAS)
-    mask: np.ndarray = np.zeros((0, 0), np.uint32)
+    bias: np.ndarray = field(default_factory=lambda: np.zeros(0, BIAS))
+    mask: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.uint32))
 
     @property
     def num_prefill_tokens(self) -> int:
@@ -158,10 +158,10 @@ class StepResult:
 
     step: int
     tokens: np.ndarray
-    logprobs: np.ndarray = np.zeros(0, np.float32)
-    ranks: np.ndarray = np.zeros(0, np.int32)
-    top_tokens: np.ndarray = np.zeros((0, 0), np.int32)
-    top_logprobs: np.ndarray = np.zeros((0, 0), np.float32)
+    logprobs: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
+    ranks: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+    top_tokens: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.int32))
+    top_logprobs: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
 
     def to_bytes(self) -> bytes:
         """The result as bytes; `from_bytes` is its inverse."""

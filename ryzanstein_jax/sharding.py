@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import re
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -138,3 +141,50 @@ class PaddedSizes:
             ffn=pad(spec.intermediate_size),
             experts=pad(spec.moe.num_experts) if spec.moe else 0,
         )
+
+
+@dataclass(frozen=True)
+class Collective:
+    """A kind of communication in a compiled program.
+
+    Attributes:
+        kind: "all-reduce", "all-gather", "reduce-scatter", "all-to-all" or "collective-permute".
+        bytes: of one result on one device.
+        group: devices that take part together.
+        count: how many of these a run of the program performs.
+    """
+
+    kind: str
+    bytes: int
+    group: int
+    count: int
+
+
+_COLLECTIVE = re.compile(
+    r"= (?P<shape>\(?[a-z0-9]+\[.*?) (?P<kind>all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)"
+    r"(?:-start)?\("
+)
+_ARRAY = re.compile(r"\b(pred|[a-z]+[0-9]+[a-z0-9]*)\[([0-9,]*)\]")
+_GROUPS = re.compile(r"replica_groups=(?:\[(?P<many>\d+),(?P<size>\d+)\]|\{\{(?P<first>[0-9,]+)\})")
+_PAIRS = re.compile(r"source_target_pairs=\{(.*?)\}\}")
+
+
+def collectives(compiled: jax.stages.Compiled) -> list[Collective]:
+    """What a compiled program communicates, read from its optimized HLO; equal ones are counted together."""
+    found: Counter[tuple[str, int, int]] = Counter()
+    for line in (compiled.as_text() or "").splitlines():
+        match = _COLLECTIVE.search(line)
+        if match is None:
+            continue
+        size = 0
+        for dtype, dims in _ARRAY.findall(match["shape"]):
+            bits = 8 if dtype == "pred" else int(re.sub(r"^[a-z]+(\d+).*", r"\1", dtype))
+            size += math.prod(int(dim) for dim in dims.split(",") if dim) * bits // 8
+        group = 1
+        if groups := _GROUPS.search(line):
+            group = int(groups["size"]) if groups["size"] else groups["first"].count(",") + 1
+        elif pairs := _PAIRS.search(line):
+            group = pairs[1].count("{")
+        if group > 1 or match["kind"] == "collective-permute":
+            found[match["kind"], size, group] += 1
+    return [Collective(kind, size, group, count) for (kind, size, group), count in sorted(found.items())]

@@ -1,0 +1,221 @@
+"""Step shapes: the ladder of buckets, and a `StepPlan` as flat arrays of a bucket's layout.
+
+Programs are compiled for a few shapes; a plan is padded to the smallest bucket that holds it. All
+that a program reads of it travels in one int32 array, because each further array costs a transfer.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ryzanstein_jax.attention import TILE, AttentionPlan, max_tiles
+from ryzanstein_jax.plan import BIAS, ROW, StepPlan
+
+#: Most prompt chunks in one step.
+MAX_PREFILLS = 8
+
+
+@dataclass(frozen=True, order=True)
+class Bucket:
+    """The padded sizes of a step: decode tokens, prompt tokens, prompt chunks and rows."""
+
+    decodes: int
+    prefill_tokens: int
+    prefills: int
+    rows: int
+
+    @property
+    def tokens(self) -> int:
+        return self.decodes + self.prefill_tokens
+
+    def holds(self, plan: StepPlan) -> bool:
+        return (
+            plan.num_decodes <= self.decodes
+            and plan.num_prefill_tokens <= self.prefill_tokens
+            and plan.num_prefills <= self.prefills
+            and len(plan.rows) <= self.rows
+        )
+
+    def __str__(self) -> str:
+        return f"{self.decodes} decode + {self.prefill_tokens} prompt tokens"
+
+
+def bucket_ladder(max_num_seqs: int, max_prefill_tokens: int, *, smallest_decode: int = 1) -> list[Bucket]:
+    """All shapes of an engine, each cheaper one before those that could stand in for it.
+
+    Decode alone doubles from `smallest_decode` up; prompt tokens go up by four, each alone and
+    together with a full set of decodes.
+    """
+    decodes = [smallest_decode]
+    while decodes[-1] < max_num_seqs:
+        decodes.append(min(2 * decodes[-1], max_num_seqs))
+    decodes = [min(d, max_num_seqs) for d in decodes]
+    chunks = [max_prefill_tokens]
+    while chunks[0] > TILE:
+        chunks.insert(0, max(chunks[0] // 4, TILE // 2))
+    ladder = [Bucket(d, 0, 0, d) for d in decodes]
+    for chunk in chunks:
+        prefills = min(MAX_PREFILLS, chunk)
+        ladder.append(Bucket(0, chunk, prefills, prefills))
+        ladder.append(Bucket(max_num_seqs, chunk, prefills, max_num_seqs + prefills))
+    return sorted(set(ladder), key=lambda b: (b.tokens, b.rows))
+
+
+class Layout:
+    """Named arrays laid end to end in one flat int32 array."""
+
+    def __init__(self, shapes: dict[str, tuple[tuple[int, ...], type]]):
+        self.fields: dict[str, tuple[int, int, tuple[int, ...], type]] = {}
+        self.size = 0
+        for name, (shape, dtype) in shapes.items():
+            end = self.size + math.prod(shape)
+            self.fields[name] = (self.size, end, shape, dtype)
+            self.size = end
+
+    def empty(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """A flat array of zeros, int32 [size], and views of its fields."""
+        flat = np.zeros(self.size, np.int32)
+        return flat, {n: flat[a:b].view(dtype).reshape(shape) for n, (a, b, shape, dtype) in self.fields.items()}
+
+    def unpack(self, flat: jax.Array) -> dict[str, jax.Array]:
+        """The fields of a flat array, inside a traced function."""
+        out = {}
+        for name, (begin, end, shape, dtype) in self.fields.items():
+            part = flat[begin:end].reshape(shape)
+            out[name] = part if dtype is np.int32 else jax.lax.bitcast_convert_type(part, jnp.dtype(dtype))
+        return out
+
+
+class StepLayout(Layout):
+    """What *forward* reads of a step in one bucket.
+
+    Args:
+        bucket: the padded sizes.
+        page_size: tokens per page.
+        table_width: pages of the longest sequence.
+    """
+
+    def __init__(self, bucket: Bucket, page_size: int, table_width: int):
+        b, tiles = bucket, max_tiles(bucket.prefill_tokens, bucket.prefills)
+        self.bucket, self.page_size, self.table_width = bucket, page_size, table_width
+        super().__init__(
+            {
+                "tokens": ((b.tokens,), np.int32),
+                "positions": ((b.tokens,), np.int32),
+                "slots": ((b.tokens,), np.int32),
+                "decode_tables": ((b.decodes, table_width), np.int32),
+                "decode_lens": ((b.decodes,), np.int32),
+                "prefill_tables": ((b.prefills, table_width), np.int32),
+                "tile_starts": ((tiles,), np.int32),
+                "tile_seqs": ((tiles,), np.int32),
+                "tile_positions": ((tiles,), np.int32),
+                "num_tiles": ((), np.int32),
+                "row_tokens": ((b.rows,), np.int32),
+            }
+        )
+
+    def pack(self, plan: StepPlan) -> np.ndarray:
+        """The plan, padded, as int32 [size]."""
+        flat, view = self.empty()
+        d, c, b = plan.num_decodes, plan.num_prefill_tokens, self.bucket
+        sequence_of_token = np.repeat(np.arange(len(plan.query_lens)), plan.query_lens)
+        pages = plan.page_tables[sequence_of_token, plan.positions // self.page_size]
+        slots = pages * self.page_size + plan.positions % self.page_size
+        for name, values in (("tokens", plan.token_ids), ("positions", plan.positions), ("slots", slots)):
+            view[name][:d] = values[:d]
+            view[name][b.decodes : b.decodes + c] = values[d:]
+        width = min(plan.page_tables.shape[1], self.table_width)
+        view["decode_tables"][:d, :width] = plan.page_tables[:d, :width]
+        view["decode_lens"][:d] = plan.positions[:d] + 1
+        view["prefill_tables"][: plan.num_prefills, :width] = plan.page_tables[d:, :width]
+        tile, start = 0, 0
+        for row, length in enumerate(plan.query_lens[d:].tolist()):
+            for first in range(start, start + length, TILE):
+                view["tile_starts"][tile] = first
+                view["tile_seqs"][tile] = row
+                view["tile_positions"][tile] = plan.positions[d + first]
+                tile += 1
+            start += length
+        view["num_tiles"][...] = tile
+        tokens = plan.rows["token"]
+        view["row_tokens"][: len(tokens)] = np.where(tokens < d, tokens, tokens + b.decodes - d)
+        return flat
+
+
+class RowLayout(Layout):
+    """What *sample* reads of a step with that many rows; all names are ROW's.
+
+    Args:
+        rows: the padded number of rows.
+    """
+
+    def __init__(self, rows: int):
+        self.rows = rows
+        super().__init__({name: ((rows, *ROW[name].shape), ROW[name].base.type) for name in self.names})
+
+    names: tuple[str, ...] = ("position", "key", "temperature", "top_k", "top_p", "min_p")
+
+    def pack(self, plan: StepPlan) -> np.ndarray:
+        """The plan's rows, padded with greedy ones, as int32 [size]."""
+        flat, view = self.empty()
+        self._fill(plan, view)
+        return flat
+
+    def _fill(self, plan: StepPlan, view: dict[str, np.ndarray]) -> None:
+        view["top_p"][...] = 1.0
+        for name in self.names:
+            view[name][: len(plan.rows)] = plan.rows[name]
+
+
+class FullRowLayout(RowLayout):
+    """What *full sample* reads besides: penalties, targets, each row's pages and the biased tokens.
+
+    Args:
+        rows: the padded number of rows.
+        table_width: pages of the longest sequence.
+        max_bias: most biased tokens of a step.
+    """
+
+    names = (
+        *RowLayout.names, "repetition_penalty", "presence_penalty", "frequency_penalty", "prompt_len", "target",
+    )  # fmt: skip
+
+    def __init__(self, rows: int, table_width: int, max_bias: int):
+        super().__init__(rows)
+        self.table_width, self.max_bias = table_width, max_bias
+        shapes = {name: (shape, dtype) for name, (_, _, shape, dtype) in self.fields.items()}
+        shapes["tables"] = ((rows, table_width), np.int32)
+        shapes["num_bias"] = ((), np.int32)
+        for name in ("row", "token", "value"):
+            shapes[f"bias_{name}"] = ((max_bias,), BIAS[name].type)
+        Layout.__init__(self, shapes)
+
+    def _fill(self, plan: StepPlan, view: dict[str, np.ndarray]) -> None:
+        view["repetition_penalty"][...] = 1.0
+        view["target"][...] = -1
+        super()._fill(plan, view)
+        width = min(plan.page_tables.shape[1], self.table_width)
+        view["tables"][: len(plan.rows), :width] = plan.page_tables[plan.rows["seq"], :width]
+        view["num_bias"][...] = len(plan.bias)
+        view["bias_row"][...] = self.rows
+        for name in ("row", "token", "value"):
+            view[f"bias_{name}"][: len(plan.bias)] = plan.bias[name]
+
+
+def attention_plan(fields: dict[str, jax.Array]) -> AttentionPlan:
+    """What attention needs of an unpacked step."""
+    return AttentionPlan(
+        slots_T=fields["slots"],
+        decode_tables=fields["decode_tables"],
+        decode_lens=fields["decode_lens"],
+        prefill_tables=fields["prefill_tables"],
+        tile_starts=fields["tile_starts"],
+        tile_seqs=fields["tile_seqs"],
+        tile_positions=fields["tile_positions"],
+        num_tiles=fields["num_tiles"],
+    )

@@ -1,0 +1,318 @@
+"""`Engine`: requests in, outputs out, over an `Executor`. No JAX here, so it outlives the devices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+
+from ryzanstein_jax.config import EngineConfig
+from ryzanstein_jax.engine.executor import Executor
+from ryzanstein_jax.engine.outputs import RequestState
+from ryzanstein_jax.engine.scheduler import Scheduler, SchedulerStats
+from ryzanstein_jax.engine.sequence import Sequence as EngineSequence
+from ryzanstein_jax.engine.sequence import drawn_seed, sampling_key
+from ryzanstein_jax.engine.tokens import Tokenizer
+from ryzanstein_jax.errors import ConfigError, EngineClosedError, RequestError, RyzansteinError
+from ryzanstein_jax.plan import StepResult
+from ryzanstein_jax.request import RequestOutput, SamplingParams
+
+
+class Engine:
+    """Runs requests on an executor. Not thread-safe: one thread calls it.
+
+    Args:
+        executor: runs the steps; the engine closes it.
+        tokenizer: turns tokens into text; None gives token ids only.
+        eos_token_ids: tokens that end a completion, unless it ignores them.
+        config: the limits of a request and the seed.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        *,
+        tokenizer: Tokenizer | None = None,
+        eos_token_ids: Sequence[int] = (),
+        config: EngineConfig,
+    ):
+        self._executor, self._tokenizer, self._config = executor, tokenizer, config
+        self._limits = executor.limits
+        self._eos_token_ids = tuple(token for token in eos_token_ids if 0 <= token < self._limits.vocab_size)
+        self._scheduler = Scheduler(executor.limits, enable_prefix_caching=config.enable_prefix_caching)
+        self._requests: dict[str, RequestState] = {}
+        self._changed: dict[str, RequestOutput] = {}
+        self._num_added = self._num_seeds_drawn = 0
+        self._failure: BaseException | None = None
+        self._closed = False
+
+    # -- Requests ------------------------------------------------------------------------------------------------
+
+    def add(
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        prompt: str | None = None,
+        priority: int = 0,
+    ) -> None:
+        """Queues a request. Those with a lower `priority` run first, then those that came first.
+
+        Raises:
+            RequestError: the request is invalid, or can never run; nothing was changed.
+            EngineClosedError: the engine is closed.
+        """
+        if self._closed:
+            raise EngineClosedError("the engine is closed: make a new one")
+        tokens = self._validate(request_id, prompt_token_ids, params, priority)
+        seed = params.seed
+        if seed is None:
+            seed = drawn_seed(self._config.seed, self._num_seeds_drawn)
+            self._num_seeds_drawn += 1
+        sequences = [
+            EngineSequence(
+                request_id,
+                tokens,
+                params,
+                key=sampling_key(seed, index),
+                index=index,
+                order=(priority, self._num_added, index),
+                eos_token_ids=self._eos_token_ids,
+            )
+            for index in range(params.n)
+        ]
+        self._num_added += 1
+        state = RequestState(request_id, prompt, tokens, params, sequences, self._tokenizer)
+        for sequence in sequences:
+            self._scheduler.add(sequence)
+        self._requests[request_id] = state
+
+    def abort(self, request_id: str) -> bool:
+        """Ends a request with finish reason "abort"; the next `step` returns its output.
+
+        Returns:
+            Whether there was such a request; one that has finished already is no error.
+        """
+        state = self._requests.get(request_id)
+        if state is None:
+            return False
+        with self._failing_alone(state):
+            for sequence in state.sequences:
+                self._end(state, sequence, "abort")
+        return True
+
+    def has_unfinished(self) -> bool:
+        """Whether `step` has something to do: requests, outputs to hand out or steps still on the device."""
+        in_flight = self._scheduler.num_in_flight and self._failure is None and not self._closed
+        return bool(self._requests or self._changed or in_flight)
+
+    def stats(self) -> SchedulerStats:
+        return self._scheduler.stats()
+
+    # -- Steps ---------------------------------------------------------------------------------------------------
+
+    def step(self) -> list[RequestOutput]:
+        """Hands the next step to the device, then takes the result of the one before it.
+
+        The next step is handed over before the tokens of the last are read, so that the device never waits.
+
+        Returns:
+            The requests that got a token or ended. Each `RequestOutput` is one object that grows until
+            its request has finished.
+
+        Raises:
+            EngineClosedError: the engine is closed, or failed before and was not recovered.
+            Exception: whatever the executor raised. Requests are kept: see `recover` and `close`.
+        """
+        if self._closed or self._failure is not None:
+            raise EngineClosedError(
+                "the engine is closed"
+                if self._closed
+                else f"the engine failed ({self._failure!r}): recover or close it"
+            )
+        with self._failing_on(BaseException):
+            # Two are in flight already where the last call was interrupted while it waited.
+            plan = self._scheduler.schedule() if self._scheduler.num_in_flight < 2 else None
+            if plan is not None:
+                self._executor.submit(plan)
+                self._note_scheduled()
+        if self._scheduler.num_in_flight == 2 or (plan is None and self._scheduler.num_in_flight):
+            # An interrupt while waiting changes nothing: the next call waits again.
+            with self._failing_on(Exception):
+                result = self._executor.collect()
+            with self._failing_on(BaseException):
+                self._commit(result)
+        elif plan is None and self._scheduler.has_unfinished:
+            raise RyzansteinError(f"the scheduler is stuck: {self._scheduler.stats()}")
+        if not self._scheduler.num_in_flight and not self._scheduler.has_unfinished:
+            with self._failing_on(Exception):
+                self._scheduler.check()
+        changed, self._changed = list(self._changed.values()), {}
+        return changed
+
+    def _note_scheduled(self) -> None:
+        for sequence in self._scheduler.take_admitted():
+            state = self._requests.get(sequence.request_id)
+            if state is not None:
+                state.note_scheduled(sequence)
+
+    def _commit(self, result: StepResult) -> None:
+        rows = self._scheduler.commit(result)
+        for row, sequence, position in rows.scored:
+            state = self._requests.get(sequence.request_id)
+            if state is None:
+                continue  # it failed a row ago
+            with self._failing_alone(state):
+                state.score_prompt(sequence, position, result, row)
+                self._changed[sequence.request_id] = state.output
+        for row, sequence in rows.sampled:
+            state = self._requests.get(sequence.request_id)
+            if state is None:
+                continue
+            self._changed[sequence.request_id] = state.output
+            with self._failing_alone(state):
+                if sequence.error is not None:
+                    raise sequence.error
+                stop = state.append(sequence, result, row)
+                if stop is not None:
+                    # It may have reached its length with this very token; the stop string tells more.
+                    self._scheduler.finish(sequence, "stop", stop)
+                    sequence.finish_reason, sequence.stop_reason = "stop", stop
+                if sequence.finished:
+                    self._end(state, sequence, "stop")
+
+    # -- Ends ----------------------------------------------------------------------------------------------------
+
+    def recover(self, executor: Executor | None = None) -> None:
+        """Goes on after the device's state was lost: every unfinished request continues where it was.
+
+        What was computed is computed again, on the new executor; tokens that were handed out stay, and the
+        next ones are sampled with the keys they would have had. Requests that the new executor has no room for end.
+
+        Args:
+            executor: the new one; None keeps the old one, which must have no step in flight and expect step 0.
+
+        Raises:
+            EngineClosedError: the engine is closed.
+            ConfigError: the new executor runs another model.
+        """
+        if self._closed:
+            raise EngineClosedError("the engine is closed: make a new one")
+        executor = executor or self._executor
+        if executor.limits.vocab_size != self._limits.vocab_size:
+            raise ConfigError("executor", f"vocab_size {executor.limits.vocab_size}", "recover with the same model")
+        self._executor, self._limits, self._failure = executor, executor.limits, None
+        for sequence in self._scheduler.reset(executor.limits):
+            state = self._requests.get(sequence.request_id)
+            if state is None:
+                continue
+            with self._failing_alone(state):
+                if sequence.error is not None:
+                    raise sequence.error
+                self._end(state, sequence, "length")
+
+    def close(self) -> list[RequestOutput]:
+        """Ends every unfinished request with finish reason "abort" and an `EngineClosedError`; closes the executor.
+
+        Returns:
+            All outputs that no `step` has returned yet, those requests' among them.
+        """
+        if self._closed:
+            return []
+        self._closed = True
+        for state in list(self._requests.values()):
+            self._fail(state, EngineClosedError("the engine was closed before the request finished"), "abort")
+        outputs, self._changed = list(self._changed.values()), {}
+        self._executor.close()
+        return outputs
+
+    def _end(self, state: RequestState, sequence: EngineSequence, reason: str) -> None:
+        """Ends a sequence, with `reason` unless it had one, and its request with the last of its sequences."""
+        self._scheduler.finish(sequence, reason)
+        self._changed[sequence.request_id] = state.output
+        state.end(sequence)
+        if state.output.finished:
+            self._requests.pop(sequence.request_id, None)
+
+    def _fail(self, state: RequestState, error: Exception, reason: str) -> None:
+        for sequence in state.sequences:
+            self._scheduler.finish(sequence, reason)
+        state.fail(error, reason)
+        self._changed[state.output.request_id] = state.output
+        self._requests.pop(state.output.request_id, None)
+
+    @contextmanager
+    def _failing_alone(self, state: RequestState) -> Iterator[None]:
+        """What goes wrong with one request ends that request only."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 - whatever it is, it goes to the one who asked
+            self._fail(state, error, "error")
+
+    @contextmanager
+    def _failing_on(self, kind: type[BaseException]) -> Iterator[None]:
+        """What goes wrong here leaves the device's state unknown: no step until `recover`."""
+        try:
+            yield
+        except kind as error:
+            self._failure = error
+            raise
+
+    # -- Validation ----------------------------------------------------------------------------------------------
+
+    def _validate(
+        self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams, priority: int
+    ) -> list[int]:
+        """The prompt as a list, once all is found to be in order."""
+        if not isinstance(request_id, str) or not request_id:
+            raise RequestError("request_id", request_id, "use a text that is not empty")
+        if request_id in self._requests:
+            raise RequestError("request_id", request_id, "it is in use: choose one that no unfinished request has")
+        if not isinstance(params, SamplingParams):
+            raise RequestError("params", params, "use SamplingParams")
+        if not isinstance(priority, int) or isinstance(priority, bool):
+            raise RequestError("priority", priority, "use a whole number; lower ones run first")
+        tokens = self._validate_prompt(prompt_token_ids)
+        vocab_size = self._limits.vocab_size
+        most = min(self._config.max_logprobs, vocab_size)
+        for field in ("logprobs", "prompt_logprobs"):
+            value = getattr(params, field)
+            if value is not None and value > most:
+                raise RequestError(field, value, f"use at most {most} (max_logprobs)")
+        if len(params.logit_bias) > self._config.max_logit_bias:
+            count, most = len(params.logit_bias), self._config.max_logit_bias
+            raise RequestError("logit_bias", f"{count} tokens", f"use at most {most} (max_logit_bias)")
+        for field in ("logit_bias", "stop_token_ids"):
+            for token in getattr(params, field):
+                if token >= vocab_size:
+                    raise RequestError(field, token, f"use token ids below {vocab_size}, the size of the vocabulary")
+        if params.stop and self._tokenizer is None:
+            raise RequestError("stop", params.stop, "this engine has no tokenizer: use stop_token_ids")
+        return tokens
+
+    def _validate_prompt(self, prompt_token_ids: Sequence[int]) -> list[int]:
+        field, longest = "prompt_token_ids", self._scheduler.max_length - 1
+        if isinstance(prompt_token_ids, str | bytes) or not hasattr(prompt_token_ids, "__len__"):
+            raise RequestError(field, prompt_token_ids, "use a list of token ids")
+        if len(prompt_token_ids) == 0:
+            raise RequestError(field, [], "use at least one token")
+        if len(prompt_token_ids) > longest:
+            raise RequestError(
+                field,
+                f"{len(prompt_token_ids)} tokens",
+                f"use at most {longest}: prompt and completion share {longest + 1} (max_model_len, or the KV cache)",
+            )
+        try:
+            tokens = np.asarray(prompt_token_ids)
+        except (ValueError, TypeError, OverflowError):
+            tokens = np.zeros(0, object)
+        if tokens.dtype.kind not in "iu" or tokens.ndim != 1:
+            raise RequestError(field, list(prompt_token_ids)[:8], "use a flat list of whole numbers")
+        wrong = np.flatnonzero((tokens < 0) | (tokens >= self._limits.vocab_size))
+        if len(wrong):
+            where = int(wrong[0])
+            remedy = f"token {where} is outside the vocabulary: use ids from 0 to {self._limits.vocab_size - 1}"
+            raise RequestError(field, int(tokens[where]), remedy)
+        return [int(token) for token in tokens.tolist()]

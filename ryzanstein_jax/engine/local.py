@@ -1,0 +1,214 @@
+"""`LocalExecutor`: this process owns the devices. For notebooks, scripts and tests."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from ryzanstein_jax.batch import bucket_ladder
+from ryzanstein_jax.cache import cache_dir
+from ryzanstein_jax.checkpoint.assemble import LoadReport, load_params
+from ryzanstein_jax.checkpoint.dummy import dummy_params
+from ryzanstein_jax.checkpoint.files import ModelFiles, open_source
+from ryzanstein_jax.config import EngineConfig
+from ryzanstein_jax.engine.runner import Runner, resolve_dtype
+from ryzanstein_jax.errors import ConfigError
+from ryzanstein_jax.memory import MemoryPlan, device_bytes, plan_memory, weight_bytes
+from ryzanstein_jax.metrics import Metrics
+from ryzanstein_jax.model.params import ParamSpec
+from ryzanstein_jax.model.spec import ModelSpec
+from ryzanstein_jax.plan import StepPlan, StepResult
+from ryzanstein_jax.request import MAX_STOPS
+from ryzanstein_jax.sharding import Collective, PaddedSizes, collectives, make_mesh
+from ryzanstein_jax.step import StepPrograms, StepShapes
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class SetupReport:
+    """What starting cost and how memory was divided.
+
+    Attributes:
+        device: platform and kind of the devices.
+        dtype: of weights, activations and cache.
+        memory: the sum for one device.
+        load: what loading the weights cost; None for dummy weights.
+        load_seconds, compile_seconds: wall time; the two overlap.
+        num_programs: how many programs were compiled or found in the cache.
+    """
+
+    device: str
+    dtype: str
+    memory: MemoryPlan
+    load: LoadReport | None
+    load_seconds: float
+    compile_seconds: float
+    num_programs: int
+
+
+class LocalExecutor:
+    """Compiles, loads and runs a model on devices of this process.
+
+    Args:
+        config: the settings.
+        files: the model, as `resolve_model` found it.
+        spec: what it computes, as `spec_from_config` read it.
+        progress: called with what is going on, how much is done, and of how much.
+
+    Raises:
+        ConfigError: there are too few devices, or `max_model_len` is over the model's limit.
+        MemoryBudgetError: the model does not fit; nothing was loaded.
+        WeightsError: the weights are missing or broken.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        files: ModelFiles,
+        spec: ModelSpec,
+        *,
+        progress: Progress = lambda what, done, total: None,
+    ):
+        prepare_process(config)
+        mesh = make_mesh(config.tensor_parallel_size)
+        device = mesh.devices.flat[0]
+        self.metrics = Metrics()
+        self.spec, self.mesh = spec, mesh
+        dtype = resolve_dtype(config.dtype, spec.dtype, device.platform)
+        sizes = PaddedSizes.of(spec, config.tensor_parallel_size)
+        max_model_len = config.max_model_len or spec.max_position_embeddings
+        if max_model_len > spec.max_position_embeddings:
+            remedy = f"the model's own limit is {spec.max_position_embeddings} tokens"
+            raise ConfigError("max_model_len", max_model_len, remedy)
+
+        began = time.perf_counter()
+        buckets = bucket_ladder(config.max_num_seqs, min(config.max_num_batched_tokens, max_model_len))
+        max_rows = max(bucket.rows for bucket in buckets)
+        shapes = StepShapes(
+            buckets=tuple(buckets),
+            # As few pages as there can be until it is known how many fit.
+            num_pages=config.num_pages or 2,
+            page_size=config.page_size,
+            table_width=-(-max_model_len // config.page_size),
+            num_logprobs=min(config.max_logprobs, sizes.vocab),
+            max_bias=max_rows * (config.max_logit_bias + MAX_STOPS + len(spec.eos_token_ids)),
+        )
+
+        def make_programs(shapes: StepShapes) -> StepPrograms:
+            return StepPrograms(spec, sizes, dtype, mesh, shapes, metrics=self.metrics)
+
+        programs = make_programs(shapes)
+        progress("measuring memory", 0, 1)
+        probe = programs.lower_forward(buckets[-1]).compile()
+        progress("measuring memory", 1, 1)
+        fraction = config.memory_fraction or (0.25 if device.platform == "cpu" else 0.9)
+        memory = plan_memory(
+            spec=spec,
+            sizes=sizes,
+            dtype=dtype,
+            total=device_bytes(len(jax.local_devices()), device),
+            memory_fraction=fraction,
+            weights=weight_bytes(programs.param_shapes),
+            temporaries=probe.memory_analysis().temp_size_in_bytes,
+            # Of two steps, and copies made whole for the sampler.
+            logits=4 * max_rows * sizes.vocab * 4,
+            page_size=config.page_size,
+            max_model_len=max_model_len,
+            max_num_seqs=config.max_num_seqs,
+            num_pages=config.num_pages,
+        )
+        if config.num_pages is None:
+            shapes = StepShapes(**{**vars(shapes), "num_pages": memory.num_pages})
+            programs = make_programs(shapes)
+
+        with ThreadPoolExecutor(1) as loader:
+            loading = loader.submit(_load, config, files, spec, sizes, programs)
+            programs.compile_all(lambda done, total: progress("compiling", done, total))
+            compile_seconds = time.perf_counter() - began
+            progress("loading weights", 0, 1)
+            params, load, load_seconds = loading.result()
+            progress("loading weights", 1, 1)
+        self._programs = programs
+        self._runner = Runner(programs, params, max_model_len=max_model_len)
+        self.limits = self._runner.limits
+        self.report = SetupReport(
+            device=f"{mesh.size} x {device.platform} ({device.device_kind})",
+            dtype=str(dtype),
+            memory=memory,
+            load=load,
+            load_seconds=load_seconds,
+            compile_seconds=compile_seconds,
+            num_programs=self.metrics.counter("compiles"),
+        )
+
+    def submit(self, plan: StepPlan) -> None:
+        self._runner.submit(plan)
+
+    def collect(self) -> StepResult:
+        return self._runner.collect()
+
+    def close(self) -> None:
+        self._runner.close()
+
+    def collectives(self) -> dict[str, list[Collective]]:
+        """What each compiled forward and sampler communicates, by program."""
+        found = {f"forward, {bucket}": collectives(program) for bucket, program in self._programs.forwards.items()}
+        found |= {f"sample, {rows} rows": collectives(program) for rows, program in self._programs.samplers.items()}
+        return found
+
+
+def _load(
+    config: EngineConfig, files: ModelFiles, spec: ModelSpec, sizes: PaddedSizes, programs: StepPrograms
+) -> tuple[tuple[jax.Array, ...], LoadReport | None, float]:
+    began = time.perf_counter()
+    params: dict[str, ParamSpec] = programs.param_specs
+    load = None
+    if files.kind == "dummy":
+        arrays = dummy_params(spec, sizes, params, programs.mesh, seed=config.seed)
+    else:
+        arrays, load = load_params(open_source(files), spec, sizes, params, programs.mesh)
+    ordered = tuple(arrays[path] for path in programs.param_paths)
+    jax.block_until_ready(ordered)
+    return ordered, load, time.perf_counter() - began
+
+
+def prepare_process(config: EngineConfig) -> None:
+    """Settings of JAX and of the process that must be made before the first computation."""
+    with contextlib.suppress(RuntimeError):  # the devices are already made: `make_mesh` checks their number
+        if jax.config.jax_num_cpu_devices < config.tensor_parallel_size:
+            jax.config.update("jax_num_cpu_devices", config.tensor_parallel_size)
+    if config.compilation_cache_dir != "":
+        folder = config.compilation_cache_dir or str(cache_dir() / "compiled")
+        jax.config.update("jax_compilation_cache_dir", folder)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    if jax.default_backend() == "cpu":
+        _keep_freed_memory()
+
+
+def _keep_freed_memory() -> None:
+    """Has glibc reuse large blocks instead of returning them to the system.
+
+    XLA allocates a program's temporaries anew for each run. Returned each time, every page of them
+    costs a page fault: reading the KV cache measured two to six times slower.
+    """
+    m_trim_threshold, m_top_pad, m_mmap_threshold = -1, -2, -3
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        libc = ctypes.CDLL(None)
+        libc.mallopt(m_mmap_threshold, 1 << 30)
+        libc.mallopt(m_trim_threshold, 1 << 30)
+        libc.mallopt(m_top_pad, 64 << 20)
+
+
+def temporary_bytes(programs: StepPrograms) -> int:
+    """Most that any compiled program takes besides its arguments and results, on one device."""
+    compiled = [*programs.forwards.values(), *programs.samplers.values(), *programs.full_samplers.values()]
+    return int(np.max([program.memory_analysis().temp_size_in_bytes for program in compiled]))

@@ -1,0 +1,284 @@
+"""The jitted step: forward over a bucket, then sampling; compiled ahead of time for every bucket.
+
+A step is two programs. *forward* turns tokens into logits and writes the cache, which is donated.
+*sample* turns logits into tokens; its *full* variant also knows penalties, bias, masks, targets and
+log-probabilities, and runs only when a row needs them. Sampled tokens stay on the devices and are an
+input of the next forward, so a step can be dispatched before the last one's tokens are read.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ryzanstein_jax.batch import Bucket, FullRowLayout, RowLayout, StepLayout, attention_plan
+from ryzanstein_jax.kv_cache import KVCache
+from ryzanstein_jax.metrics import Metrics
+from ryzanstein_jax.model.decoder import Decoder
+from ryzanstein_jax.model.params import param_specs
+from ryzanstein_jax.model.spec import ModelSpec
+from ryzanstein_jax.plan import StepPlan
+from ryzanstein_jax.sampling import Bias, FullRows, Rows, SampleResult, TokenCounts, count_tokens, full_sample, sample
+from ryzanstein_jax.sharding import MEGATRON_RULES, PaddedSizes, named_sharding
+
+Params = tuple[jax.Array, ...]
+
+
+@dataclass(frozen=True)
+class StepShapes:
+    """What fixes the shapes of all programs besides the model.
+
+    Attributes:
+        buckets: all buckets.
+        num_pages, page_size: of the KV cache.
+        table_width: pages of the longest sequence.
+        num_logprobs: alternatives per row that the full sampler returns.
+        max_bias: most biased tokens of a step.
+    """
+
+    buckets: tuple[Bucket, ...]
+    num_pages: int
+    page_size: int
+    table_width: int
+    num_logprobs: int
+    max_bias: int
+
+    @property
+    def max_rows(self) -> int:
+        return max(bucket.rows for bucket in self.buckets)
+
+    def layout(self, bucket: Bucket) -> StepLayout:
+        return StepLayout(bucket, self.page_size, self.table_width)
+
+    def full_layout(self, rows: int) -> FullRowLayout:
+        return FullRowLayout(rows, self.table_width, self.max_bias)
+
+
+class StepPrograms:
+    """Lowers and compiles the programs of one model on one mesh, and keeps the compiled ones.
+
+    Args:
+        spec, sizes, dtype: the model as `Decoder` takes them.
+        mesh: the devices.
+        shapes: sizes of steps and cache.
+        rules: logical axis -> mesh axis.
+        metrics: counts compiles (`compiles`).
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        sizes: PaddedSizes,
+        dtype: jnp.dtype,
+        mesh: Mesh,
+        shapes: StepShapes,
+        *,
+        rules: dict[str, str | None] = MEGATRON_RULES,
+        metrics: Metrics | None = None,
+    ):
+        self.spec, self.sizes, self.dtype, self.mesh, self.shapes = spec, sizes, jnp.dtype(dtype), mesh, shapes
+        self.rules = rules
+        self.metrics = metrics if metrics is not None else Metrics()
+        self.replicated = NamedSharding(mesh, PartitionSpec())
+        self.cache_shapes = KVCache.shapes(
+            spec, sizes, mesh, num_pages=shapes.num_pages, page_size=shapes.page_size, dtype=self.dtype
+        )
+        decoder = Decoder(spec, sizes, self.dtype)
+        self._graph, state = nnx.split(decoder)
+        self._variables = list(nnx.to_flat_state(state))
+        self.param_specs = param_specs(decoder)
+        self.param_paths = tuple(self.param_specs)
+        self.param_shapes = tuple(
+            jax.ShapeDtypeStruct(param.shape, param.dtype, sharding=named_sharding(mesh, param.axes, rules))
+            for param in self.param_specs.values()
+        )
+        self.forwards: dict[Bucket, Any] = {}
+        self.samplers: dict[int, Any] = {}
+        self.full_samplers: dict[int, Any] = {}
+
+    # --- the functions that are traced
+
+    def _decoder(self, params: Params) -> Decoder:
+        flat = [(path, variable.replace(value)) for (path, variable), value in zip(self._variables, params, strict=True)]
+        return nnx.merge(self._graph, nnx.from_flat_state(flat))
+
+    def _forward(self, bucket: Bucket) -> Callable[..., Any]:
+        layout = self.shapes.layout(bucket)
+
+        def forward(params: Params, cache: KVCache, flat: jax.Array, previous: jax.Array) -> Any:
+            """Logits float32 [R, V] of the step's rows, and the cache."""
+            fields = layout.unpack(flat)
+            decoder = self._decoder(params)
+            # A negative id stands for the token that the previous step sampled at row -(id + 1).
+            pending = jnp.take(previous, jnp.maximum(-fields["tokens"] - 1, 0), mode="clip")
+            tokens = jnp.where(fields["tokens"] < 0, pending, fields["tokens"])
+            hidden, cache = decoder(tokens, fields["positions"], cache, attention_plan(fields))
+            return decoder.logits(jnp.take(hidden, fields["row_tokens"], axis=0, mode="clip")), cache
+
+        return forward
+
+    def _sample(self, rows: int) -> Callable[..., Any]:
+        layout = RowLayout(rows)
+
+        def sample_step(logits: jax.Array, flat: jax.Array) -> jax.Array:
+            """Tokens int32 [max_rows], those of the step first."""
+            logits = jax.lax.with_sharding_constraint(logits, PartitionSpec())
+            tokens = sample(logits, Rows(**layout.unpack(flat)), vocab_size=self.spec.vocab_size)
+            return self._pad_rows(tokens)
+
+        return sample_step
+
+    def _full_sample(self, rows: int) -> Callable[..., Any]:
+        layout = self.shapes.full_layout(rows)
+
+        def full_sample_step(
+            logits: jax.Array, flat: jax.Array, history: jax.Array, mask: jax.Array
+        ) -> tuple[jax.Array, SampleResult]:
+            """Tokens as `sample_step` gives them, and the full result of `rows` rows."""
+            logits = jax.lax.with_sharding_constraint(logits, PartitionSpec())
+            f = layout.unpack(flat)
+            full_rows = FullRows(
+                Rows(**{name: f[name] for name in Rows._fields}),
+                *(f[name] for name in FullRows._fields if name != "rows"),
+            )
+            result = full_sample(
+                logits,
+                full_rows,
+                vocab_size=self.spec.vocab_size,
+                num_logprobs=self.shapes.num_logprobs,
+                counts=_history_counts(f, history, logits.shape[1]),
+                bias=Bias(f["bias_row"], f["bias_token"], f["bias_value"]),
+                mask=mask,
+            )
+            return self._pad_rows(result.tokens), result
+
+        return full_sample_step
+
+    def _pad_rows(self, tokens: jax.Array) -> jax.Array:
+        return jnp.pad(tokens, (0, self.shapes.max_rows - tokens.shape[0]))
+
+    # --- lowering and compiling
+
+    def _array(self, *shape: int, dtype: Any = jnp.int32, sharding: Any = None) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding or self.replicated)
+
+    def _logits_shape(self, rows: int) -> jax.ShapeDtypeStruct:
+        return self._array(
+            rows, self.sizes.vocab, dtype=jnp.float32, sharding=named_sharding(self.mesh, (None, "vocab"), self.rules)
+        )
+
+    def lower_forward(self, bucket: Bucket) -> jax.stages.Lowered:
+        """The forward of a bucket, lowered; the cache is donated."""
+        cache = self.cache_shapes
+        with self._context():
+            jitted = jax.jit(
+                self._forward(bucket),
+                donate_argnums=(1,),
+                out_shardings=(self._logits_shape(1).sharding, jax.tree.map(lambda s: s.sharding, cache)),
+            )
+            return jitted.lower(
+                self.param_shapes,
+                cache,
+                self._array(self.shapes.layout(bucket).size),
+                self._array(self.shapes.max_rows),
+            )
+
+    def lower_sample(self, rows: int) -> jax.stages.Lowered:
+        """The sampler of that many rows, lowered."""
+        with self._context():
+            jitted = jax.jit(self._sample(rows), out_shardings=self.replicated)
+            return jitted.lower(self._logits_shape(rows), self._array(RowLayout(rows).size))
+
+    def lower_full_sample(self, rows: int) -> jax.stages.Lowered:
+        """The full sampler of that many rows, lowered."""
+        with self._context():
+            jitted = jax.jit(self._full_sample(rows), out_shardings=self.replicated)
+            return jitted.lower(
+                self._logits_shape(rows),
+                self._array(self.shapes.full_layout(rows).size),
+                self.cache_shapes.tokens,
+                self._array(rows, self.mask_words, dtype=jnp.uint32),
+            )
+
+    @property
+    def mask_words(self) -> int:
+        return -(-self.spec.vocab_size // 32)
+
+    def _context(self) -> ExitStack:
+        stack = ExitStack()
+        stack.enter_context(jax.set_mesh(self.mesh))
+        if self.dtype == jnp.float32:
+            # Accelerators would round float32 operands to fewer bits.
+            stack.enter_context(jax.default_matmul_precision("highest"))
+        return stack
+
+    def compile_all(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
+        """Compiles every program, several at a time.
+
+        Args:
+            progress: called with how many are done, and of how many.
+        """
+        rows = sorted({bucket.rows for bucket in self.shapes.buckets})
+        jobs: list[tuple[dict[Any, Any], Any, Callable[[], jax.stages.Lowered]]] = []
+        # The largest first, so that none of them is left alone at the end.
+        for bucket in sorted(self.shapes.buckets, reverse=True, key=lambda b: b.tokens):
+            jobs.append((self.forwards, bucket, partial(self.lower_forward, bucket)))
+        for count in reversed(rows):
+            jobs.append((self.full_samplers, count, partial(self.lower_full_sample, count)))
+            jobs.append((self.samplers, count, partial(self.lower_sample, count)))
+        done = 0
+        progress(0, len(jobs))
+
+        def compile_one(table: dict[Any, Any], key: Any, lower: Callable[[], jax.stages.Lowered]) -> None:
+            table[key] = lower().compile()
+            self.metrics.count("compiles")
+
+        with ThreadPoolExecutor(max_workers=max(2, min(16, os.cpu_count() or 1))) as pool:
+            for future in as_completed([pool.submit(compile_one, *job) for job in jobs]):
+                future.result()
+                done += 1
+                progress(done, len(jobs))
+
+    def bucket_of(self, plan: StepPlan) -> Bucket:
+        """The cheapest bucket that holds a plan."""
+        for bucket in self.shapes.buckets:
+            if bucket.holds(plan):
+                return bucket
+        raise ValueError(
+            f"no bucket holds {plan.num_decodes} decodes, {plan.num_prefill_tokens} prompt tokens of "
+            f"{plan.num_prefills} prompts and {len(plan.rows)} rows"
+        )
+
+
+def _history_counts(fields: dict[str, jax.Array], history: jax.Array, width: int) -> TokenCounts:
+    """How often each row's sequence holds each token, counted page by page, and only if a row has penalties."""
+    page_size = history.shape[1]
+    tables, lens = fields["tables"], fields["position"]
+    rows = tables.shape[0]
+    wanted = (
+        (fields["repetition_penalty"] != 1.0)
+        | (fields["presence_penalty"] != 0.0)
+        | (fields["frequency_penalty"] != 0.0)
+    )
+    empty = TokenCounts(jnp.zeros((rows, width), jnp.int32), jnp.zeros((rows, width), bool))
+
+    def add_page(page: jax.Array, counts: TokenCounts) -> TokenCounts:
+        tokens = jnp.take(history, tables[:, page], axis=0, mode="clip")
+        positions = page * page_size + jnp.arange(page_size)
+        valid = positions[None, :] < lens[:, None]
+        is_output = positions[None, :] >= fields["prompt_len"][:, None]
+        more = count_tokens(tokens, valid, is_output, width=width)
+        return TokenCounts(counts.output + more.output, counts.seen | more.seen)
+
+    pages = -(-jnp.max(jnp.where(wanted, lens, 0)) // page_size)
+    return jax.lax.fori_loop(0, pages, add_page, empty)

@@ -1,0 +1,20 @@
+"""Fixtures that several parts of the tests share, and how JAX runs under test."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from ryzanstein_jax.checkpoint.default_model import default_model_path
+
+# JAX reads these when it is first imported, which no line above does: eight CPU devices stand for eight GPUs.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
+# A test that reaches for a model hub fails at once, with or without a network.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def smollm2_path() -> Path:
+    """The real SmolLM2-135M-Instruct GGUF; the first run ever fetches it into the user's cache."""
+    return default_model_path(progress=False)
