@@ -76,7 +76,8 @@ class EngineConfig:
         _integer("max_logprobs", self.max_logprobs, 0, 1024)
         _integer("max_logit_bias", self.max_logit_bias, 0, 4096)
         fraction = self.memory_fraction
-        if fraction is not None and not (isinstance(fraction, int | float) and 0 < fraction <= 1):
+        number = isinstance(fraction, int | float) and not isinstance(fraction, bool)
+        if fraction is not None and not (number and 0 < fraction <= 1):
             raise ConfigError("memory_fraction", fraction, "use a number above 0 and at most 1, such as 0.9")
 
     def replace(self, **changes: object) -> EngineConfig:

@@ -179,6 +179,8 @@ class StepResult:
         Raises:
             PlanFormatError: the bytes are no result, or their length is not what the header says.
         """
+        if len(data) > MAX_PLAN_BYTES:
+            raise PlanFormatError(f"a result of {len(data)} bytes is over the limit of {MAX_PLAN_BYTES}")
         if len(data) < _HEADER.size:
             raise PlanFormatError(f"a result of {len(data)} bytes is shorter than its header of {_HEADER.size}")
         magic, version, scored, step, r, n, *_ = _HEADER.unpack_from(data)
@@ -212,6 +214,9 @@ class _Reader:
         end = self._offset + count * dtype.itemsize
         if end > len(self._data):
             raise PlanFormatError(f"truncated: {len(self._data)} bytes, its arrays need at least {end}")
+        # Beside a dimension of 0 any other takes no bytes, but numpy refuses one over its own limit.
+        if max(shape) > MAX_PLAN_BYTES:
+            raise PlanFormatError(f"an array of shape {shape} is over the limit of {MAX_PLAN_BYTES}")
         array = np.frombuffer(self._data, dtype, count, self._offset).reshape(shape)
         self._offset = end
         return array

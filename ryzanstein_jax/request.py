@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 
@@ -73,6 +72,8 @@ class SamplingParams:
             if value is not None and (isinstance(value, str) or not isinstance(value, Sequence)):
                 raise RequestError(name, value, "use a list")
             set_(self, name, tuple(value or ()))
+        if self.logit_bias is not None and not isinstance(self.logit_bias, Mapping):
+            raise RequestError("logit_bias", self.logit_bias, "use a mapping of token ids to numbers")
         set_(self, "logit_bias", dict(self.logit_bias or {}))
 
         _whole("n", self.n, 1, MAX_N)
@@ -189,10 +190,6 @@ def _whole(name: str, value: object, low: int, high: int, *, optional: bool = Fa
 
 
 def _number(name: str, value: object, low: float, high: float) -> None:
-    if (
-        not isinstance(value, int | float)
-        or isinstance(value, bool)
-        or not math.isfinite(value)
-        or not low <= value <= high
-    ):
+    # NaN fails the comparison, and so does an int that is too large for a float.
+    if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high:
         raise RequestError(name, value, f"use a number from {low} to {high}")

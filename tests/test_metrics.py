@@ -46,7 +46,7 @@ def test_a_histogram_agrees_with_the_values(values: list[float]) -> None:
     # A percentile is at least the true one and no further off than its bucket is wide.
     for name, share in (("p50", 0.5), ("p99", 0.99)):
         true = sorted(values)[math.ceil(share * len(values)) - 1]
-        shown = found[name]  # type: ignore[literal-required]
+        shown = found[name]
         bucket = next((bound for bound in SECONDS_BUCKETS if bound >= true), math.inf)
         assert true <= shown <= min(bucket, max(values))
 

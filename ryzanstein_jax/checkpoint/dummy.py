@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from ryzanstein_jax.checkpoint.layout import Layout, layout_of
@@ -33,8 +34,7 @@ def dummy_params(
     zeros, so that every width computes the same model. Kernels are uniform with variance 1 / fan-in, norms
     neutral, biases small.
     """
-    root = jax.random.key(seed)
-    made: dict[tuple[object, ...], Callable[[jax.Array], jax.Array]] = {}
+    made: dict[tuple[object, ...], Callable[[np.uint32], jax.Array]] = {}
     arrays = {}
     for path, param in params.items():
         layout = layout_of(path, param, spec, sizes)
@@ -47,26 +47,37 @@ def dummy_params(
                 made[key] = _constant(layout, param, 1.0 - spec.norm_offset, sharding)
             else:
                 made[key] = _random(layout, param, 0.02 if leaf == "bias" else fan_in**-0.5, sharding)
-        arrays[path] = made[key](jax.random.fold_in(root, zlib.crc32(path.encode())))
+        arrays[path] = made[key](np.uint32(zlib.crc32(f"{seed}/{path}".encode())))
     return arrays
 
 
 def _random(
     layout: Layout, param: ParamSpec, deviation: float, sharding: NamedSharding
-) -> Callable[[jax.Array], jax.Array]:
-    def draw(key: jax.Array) -> jax.Array:
-        # Uniform with that deviation: half the price of normal numbers.
-        limit = deviation * math.sqrt(3)
-        values = jax.random.uniform(key, layout.canonical, jnp.float32, -limit, limit)
-        return layout.expand(values.astype(param.dtype))
+) -> Callable[[np.uint32], jax.Array]:
+    def draw(key: np.uint32) -> jax.Array:
+        bits = jnp.full(layout.canonical, key, jnp.uint32)
+        for dim in range(bits.ndim):
+            bits = _mix(bits ^ (jax.lax.broadcasted_iota(jnp.uint32, layout.canonical, dim) + jnp.uint32(1)))
+        # The upper 24 bits are exact in float32; uniform over [-limit, limit) has that deviation.
+        unit = (bits >> 8).astype(jnp.float32) * 2.0**-23 - 1.0
+        return layout.expand((unit * (deviation * math.sqrt(3))).astype(param.dtype))
 
     return jax.jit(draw, out_shardings=sharding)
 
 
+def _mix(bits: jax.Array) -> jax.Array:
+    """MurmurHash3's finalizer. Good enough for weights that mean nothing, and each device makes its own part;
+    jax.random takes many times as long to compile and to run on a CPU.
+    """
+    bits = (bits ^ (bits >> 16)) * jnp.uint32(0x85EBCA6B)
+    bits = (bits ^ (bits >> 13)) * jnp.uint32(0xC2B2AE35)
+    return bits ^ (bits >> 16)
+
+
 def _constant(
     layout: Layout, param: ParamSpec, value: float, sharding: NamedSharding
-) -> Callable[[jax.Array], jax.Array]:
-    def fill(key: jax.Array) -> jax.Array:
+) -> Callable[[np.uint32], jax.Array]:
+    def fill(key: np.uint32) -> jax.Array:
         del key
         return layout.expand(jnp.full(layout.canonical, value, param.dtype))
 

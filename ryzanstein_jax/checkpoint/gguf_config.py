@@ -55,10 +55,11 @@ def hf_config(source: GgufSource) -> dict[str, Any]:
         "rope_theta": settings.number("rope.freq_base", 1e6 if arch == "gemma3" else 1e4),
         "hidden_act": "silu",
         "tie_word_embeddings": "lm_head.weight" not in names,
-        "attention_bias": "model.layers.0.self_attn.q_proj.bias" in names,
         "mlp_bias": "model.layers.0.mlp.up_proj.bias" in names,
         "torch_dtype": _dtype(source),
     }
+    if arch != "qwen2":  # whose q, k and v always have biases, and o none: its config.json has no such field
+        config["attention_bias"] = "model.layers.0.self_attn.q_proj.bias" in names
     config.update(_tokens(source))
     config["rope_scaling"] = _rope_scaling(source, settings, config)
     rotary = settings.whole("rope.dimension_count", head_dim)
@@ -158,7 +159,7 @@ def _llama3(source: GgufSource, config: dict[str, Any]) -> dict[str, Any]:
     """Llama 3's settings, which GGUF keeps only as the factors that follow from them."""
     found = source.settings["rope_freqs.weight"].astype(np.float64)
     low, high, original = 1.0, 4.0, 8192
-    factor = float(f"{found.max():.6g}")
+    factor = float(f"{np.max(found):.6g}")
     if factor == 1.0:
         raise UnsupportedModelError("GGUF rope_freqs without scaling are not supported; convert without them")
     size = 2 * len(found)

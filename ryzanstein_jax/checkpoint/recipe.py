@@ -153,9 +153,10 @@ class _HuggingFace(_Book):
             yield Part(whole(layout.canonical), name, whole(layout.canonical))
         elif rest in ("mlp.gate_up.kernel", "mlp.gate_up.bias"):
             kind = "weight" if rest.endswith("kernel") else "bias"
+            ffn, _, *rest_shape = layout.canonical
             for index, role in enumerate(("gate", "up")):
-                name, box = self._projection(path, role, layer, kind, layout.canonical[1:])
-                yield Part(((index, index + 1), *whole(layout.canonical[1:])), name, box, role)
+                name, box = self._projection(path, role, layer, kind, (ffn, *rest_shape))
+                yield Part(((0, ffn), (index, index + 1), *whole(tuple(rest_shape))), name, box, role)
         elif rest in ("mlp.gate_up", "mlp.down"):
             yield from self._experts(path, layout, layer, rest == "mlp.down")
         else:

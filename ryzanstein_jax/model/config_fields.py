@@ -13,8 +13,7 @@ from typing import Any
 from ryzanstein_jax.errors import ConfigError, UnsupportedModelError
 
 #: Fields that say nothing about what the model computes at inference, whatever their value.
-HARMLESS = frozenset(
-    """
+_HARMLESS_NAMES = """
     _attn_implementation _attn_implementation_autoset _commit_hash _flash_attn_2_enabled _from_model_config
     _name_or_path _sliding_window_pattern architectures attention_dropout auto_map bad_words_ids
     begin_suppress_tokens cache_implementation chunk_size_feed_forward decoder_start_token_id do_sample dtype
@@ -23,11 +22,11 @@ HARMLESS = frozenset(
     max_sequence_length min_length model_max_length model_type no_repeat_ngram_size num_return_sequences
     output_attentions output_hidden_states output_router_logits output_scores pad_token_id prefix problem_type
     remove_invalid_values resid_pdrop return_dict return_dict_in_generate router_aux_loss_coef
-    router_jitter_noise sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss
+    router_jitter_noise sep_token_id sliding_window_size suppress_tokens task_specific_params temperature tf_legacy_loss
     tokenizer_class tokenizer_model_max_length top_k top_p torch_dtype torchscript transformers.js_config
     transformers_version unsloth_fixed unsloth_version use_bfloat16 use_cache
-    """.split()
-)
+"""
+HARMLESS = frozenset(_HARMLESS_NAMES.split())
 
 #: Fields that change what a model computes, with the values at which they don't. None always is one.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -39,10 +38,13 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "cross_attention_hidden_size": (),
     "embedding_multiplier": (1,),
     "final_logit_softcapping": (),
+    "full_attn_mod": (1,),
+    "interpolate_factor": (1,),
     "is_decoder": (False, True),
     "is_encoder_decoder": (False,),
     "is_llama_config": (True,),
     "layer_types": (),
+    "lm_head_bias": (False,),
     "logits_scaling": (1,),
     "mlp_bias": (False,),
     "num_shared_experts": (0,),
@@ -56,6 +58,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "sliding_window": (),
     "tie_encoder_decoder": (False,),
     "use_bidirectional_attention": (False,),
+    "use_mrope": (False,),
     "use_qk_norm": (False,),
     "use_qkv_bias": (False,),
     "use_sliding_window": (False,),
@@ -167,11 +170,11 @@ class Fields:
                 if any(type(value) in (type(n), float) and value == n for n in NEUTRAL[field]):
                     continue
                 raise UnsupportedModelError(
-                    f"config.json has {field}={shown(value)}, which this engine does not compute for this architecture; "
+                    f"config.json has {field}={shown(value)}, which this engine does not compute here; "
                     f"use a model without it"
                 )
             raise UnsupportedModelError(
-                f"config.json has the unknown field {shown(field)} with value {shown(value)}, which may change what the "
+                f"config.json has the unknown field {shown(field)}={shown(value)}, which may change what the "
                 f"model computes; if it is only informational, remove it from config.json"
             )
 

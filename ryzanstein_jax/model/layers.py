@@ -34,10 +34,16 @@ def activation(name: str) -> Callable[[jax.Array], jax.Array]:
     }[name]
 
 
+def product(x_TI: jax.Array, kernel_OI: jax.Array) -> jax.Array:
+    """x W^T. Both are matrices: of a kernel with more dimensions XLA would make a transposed copy each time."""
+    return jax.lax.dot_general(x_TI, kernel_OI, (((1,), (1,)), ((), ())))
+
+
 class ColumnParallelLinear(nnx.Module):
     """y = x W^T + b, sharded over an output dimension: no communication.
 
-    The output may have several dimensions; `axes` names them, and one of them is sharded.
+    The output may have several dimensions; `axes` names them. The first of them is the sharded one: then
+    the kernel is a matrix in memory on each device, and XLA multiplies it as it lies.
     """
 
     def __init__(
@@ -54,14 +60,14 @@ class ColumnParallelLinear(nnx.Module):
 
     def __call__(self, x_TD: jax.Array) -> jax.Array:
         kernel = self.kernel[...]
-        y = jax.lax.dot_general(x_TD, kernel, (((1,), (kernel.ndim - 1,)), ((), ())))
+        y = product(x_TD, kernel.reshape(-1, kernel.shape[-1])).reshape(-1, *kernel.shape[:-1])
         return y if self.bias is None else y + self.bias[...]
 
 
 class RowParallelLinear(nnx.Module):
     """y = x W^T + b, sharded over an input dimension: XLA follows it with an all-reduce.
 
-    The input may have several dimensions; `axes` names them, and one of them is sharded.
+    The input may have several dimensions; `axes` names them, and the first of them is the sharded one.
     """
 
     def __init__(
@@ -78,9 +84,7 @@ class RowParallelLinear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.kernel[...]
-        contract = tuple(range(1, kernel.ndim))
-        y_TD = jax.lax.dot_general(x, kernel, ((contract, contract), ((), ())))
-        y_TD = replicate(y_TD)
+        y_TD = replicate(product(x.reshape(x.shape[0], -1), kernel.reshape(kernel.shape[0], -1)))
         return y_TD if self.bias is None else y_TD + self.bias[...]
 
 
@@ -164,13 +168,13 @@ class Mlp(nnx.Module):
     """down(act(gate(x)) * up(x)): gate and up are one column-parallel product, down is row-parallel."""
 
     def __init__(self, embed: int, ffn: int, act: str, *, dtype: jnp.dtype, bias: bool = False):
-        self.gate_up = ColumnParallelLinear(embed, (2, ffn), ("gate_up", "ffn"), dtype=dtype, bias=bias)
+        self.gate_up = ColumnParallelLinear(embed, (ffn, 2), ("ffn", "gate_up"), dtype=dtype, bias=bias)
         self.down = RowParallelLinear((ffn,), embed, ("ffn",), dtype=dtype, bias=bias)
         self.act = act
 
     def __call__(self, x_TD: jax.Array) -> jax.Array:
-        y_T2F = self.gate_up(x_TD)
-        return self.down(activation(self.act)(y_T2F[:, 0]) * y_T2F[:, 1])
+        y_TF2 = self.gate_up(x_TD)
+        return self.down(activation(self.act)(y_TF2[:, :, 0]) * y_TF2[:, :, 1])
 
 
 class MoeMlp(nnx.Module):
@@ -190,7 +194,7 @@ class MoeMlp(nnx.Module):
 
     def routing(self, x_TD: jax.Array) -> jax.Array:
         """float32 [T, E]: each token's weight for each expert, zero for those it is not routed to."""
-        logits_TE = jax.lax.dot_general(x_TD, self.router[...], (((1,), (1,)), ((), ())))
+        logits_TE = product(x_TD, self.router[...])
         probs_TE = jax.nn.softmax(logits_TE.astype(jnp.float32), axis=-1)
         top, chosen = jax.lax.top_k(probs_TE, self.spec.top_k)
         if self.spec.normalize_top_k:
@@ -200,8 +204,9 @@ class MoeMlp(nnx.Module):
 
     def __call__(self, x_TD: jax.Array) -> jax.Array:
         weights_TE = self.routing(x_TD).astype(x_TD.dtype)
-        y_ET2F = jnp.einsum("td,egfd->etgf", x_TD, self.gate_up[...])
+        gate_up = self.gate_up[...]
+        e, _, f, d = gate_up.shape
+        y_ET2F = jnp.einsum("td,exd->etx", x_TD, gate_up.reshape(e, 2 * f, d)).reshape(e, -1, 2, f)
         z_ETF = activation(self.act)(y_ET2F[:, :, 0]) * y_ET2F[:, :, 1]
-        # Weigh before the down projection, so that its sum over experts and features is one product.
-        z_ETF = z_ETF * weights_TE.T[:, :, None]
-        return replicate(jnp.einsum("etf,edf->td", z_ETF, self.down[...]))
+        y_ETD = jnp.einsum("etf,edf->etd", z_ETF * weights_TE.T[:, :, None], self.down[...])
+        return replicate(jnp.sum(y_ETD, axis=0))

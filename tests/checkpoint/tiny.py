@@ -96,10 +96,10 @@ def params_of(spec: ModelSpec, sizes: PaddedSizes, dtype: str = "float32") -> di
             )
             add(f"{at}mlp.down", (sizes.experts, embed, size), ("experts", "embed", "expert_ffn"))
         else:
-            add(f"{at}mlp.gate_up.kernel", (2, sizes.ffn, embed), ("gate_up", "ffn", "embed"))
+            add(f"{at}mlp.gate_up.kernel", (sizes.ffn, 2, embed), ("ffn", "gate_up", "embed"))
             add(f"{at}mlp.down.kernel", (embed, sizes.ffn), ("embed", "ffn"))
             if spec.mlp_bias:
-                add(f"{at}mlp.gate_up.bias", (2, sizes.ffn), ("gate_up", "ffn"))
+                add(f"{at}mlp.gate_up.bias", (sizes.ffn, 2), ("ffn", "gate_up"))
                 add(f"{at}mlp.down.bias", (embed,), ("embed",))
     return found
 

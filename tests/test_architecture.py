@@ -1,0 +1,277 @@
+"""What holds the package together: floors of imports, what stays free of JAX, small files, declared dependencies."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = "ryzanstein_jax"
+MAX_LINES = 400
+
+#: Floor by floor, every file of the package. A file imports from lower floors and from earlier files of its own
+#: only. A name may be missing from the package, but a file of the package may not be missing here.
+FLOORS: tuple[tuple[str, ...], ...] = (
+    # 0: no JAX
+    ("errors", "cache", "config", "request", "plan", "metrics"),
+    # 1: pure JAX
+    (
+        "model",
+        "model.spec",
+        "model.config_fields",
+        "model.rope",
+        "model.families",
+        "sharding",
+        "model.layers",
+        "model.params",
+        "kv_cache",
+        "attention",
+        "model.decoder",
+        "sampling",
+        "batch",
+        "memory",
+        "step",
+    ),
+    # 2: weights
+    (
+        "checkpoint",
+        "checkpoint.source",
+        "checkpoint.safetensors",
+        "checkpoint.gguf_metadata",
+        "checkpoint.gguf",
+        "checkpoint.gguf_config",
+        "checkpoint.gguf_tokenizer",
+        "checkpoint.names",
+        "checkpoint.layout",
+        "checkpoint.recipe",
+        "checkpoint.assemble",
+        "checkpoint.dummy",
+        "checkpoint.snapshot",
+        "checkpoint.default_model",
+        "checkpoint.files",
+    ),
+    # 3: engine
+    (
+        "engine",
+        "engine.executor",
+        "engine.blocks",
+        "engine.sequence",
+        "engine.plan_builder",
+        "engine.template_sandbox",
+        "engine.chat_template",
+        "engine.tokens",
+        "engine.scheduler",
+        "engine.outputs",
+        "engine.engine",
+        "engine.runner",
+        "engine.local",
+    ),
+    # 4: orchestration
+    (
+        "collectives",
+        "planner",
+        "orchestrator",
+        "orchestrator.process_group",
+        "orchestrator.resources",
+        "orchestrator.health",
+        "orchestrator.recovery",
+        "orchestrator.orchestrator",
+        "orchestrator.worker",
+    ),
+    # 5: surfaces. The package's own __init__ offers them by name, and so comes after them.
+    ("llm", "server", "server.app", "demo", "cli", "", "__main__"),
+)
+
+#: These stay in a process that has to outlive every JAX process, so nothing that they reach may import JAX.
+WITHOUT_JAX = (
+    *FLOORS[0],
+    "model.spec",
+    "model.config_fields",
+    "model.families",
+    "checkpoint.default_model",
+    "checkpoint.gguf_metadata",
+    "checkpoint.gguf_tokenizer",
+    *(name for name in FLOORS[3] if name not in ("engine.runner", "engine.local")),
+)
+JAX_PACKAGES = {"jax", "jaxlib", "flax", "orbax", "optax", "chex"}
+
+#: Where what is imported is called otherwise than what is installed.
+DISTRIBUTIONS = {"huggingface_hub": "huggingface-hub", "orbax": "orbax-checkpoint", "ml_dtypes": "ml-dtypes"}
+
+
+def position(name: str) -> tuple[int, int]:
+    """Floor of a module and its place there."""
+    for floor, names in enumerate(FLOORS):
+        if name in names:
+            return floor, names.index(name)
+    raise LookupError(f"{name or '__init__'} has no floor: declare it in FLOORS of tests/test_architecture.py")
+
+
+@cache
+def modules() -> dict[str, Path]:
+    """Every module of the package, by its dotted name without the package's; "" is the package itself."""
+    found = {}
+    for path in sorted((ROOT / PACKAGE).rglob("*.py")):
+        parts = path.relative_to(ROOT / PACKAGE).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+@cache
+def imports(name: str) -> tuple[set[str], set[str]]:
+    """Modules of the package, and top-level names of others, that a module imports: anywhere, also in functions."""
+    path = modules()[name]
+    own, others = set(), set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            targets = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                package = [PACKAGE, *filter(None, name.split("."))]
+                keep = len(package) - node.level + (path.name == "__init__.py")
+                base = ".".join([*package[:keep], *filter(None, [base])])
+            # `from package import module` names a module; `from module import thing` names the module before it.
+            inside = [f"{base}.{alias.name}" for alias in node.names]
+            targets = [full if full.removeprefix(f"{PACKAGE}.") in modules() else base for full in inside]
+        else:
+            continue
+        for target in targets:
+            if target == PACKAGE or target.startswith(f"{PACKAGE}."):
+                own.add(target[len(PACKAGE) + 1 :])
+            else:
+                others.add(target.partition(".")[0])
+    return own, others
+
+
+def reached(name: str) -> set[str]:
+    """A module and all that it imports from the package, directly or not; the packages around them too."""
+    seen: set[str] = set()
+    waiting = [name]
+    while waiting:
+        module = waiting.pop()
+        if module in seen or module not in modules():
+            continue
+        seen.add(module)
+        waiting += imports(module)[0]
+        if "." in module:
+            waiting.append(module.rpartition(".")[0])
+    return seen
+
+
+@pytest.mark.parametrize("name", sorted(modules()))
+def test_a_module_imports_from_below_only(name: str) -> None:
+    here = position(name)
+    wrong = []
+    for target in imports(name)[0]:
+        assert target in modules(), f"{name} imports {PACKAGE}.{target}, which does not exist"
+        if position(target) >= here:
+            wrong.append(target)
+    assert not wrong, f"{name} (floor {here[0]}) imports from its own height or above: {sorted(wrong)}"
+
+
+def test_no_floor_names_a_module_twice() -> None:
+    names = [name for floor in FLOORS for name in floor]
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("name", [name for name in WITHOUT_JAX if name in modules()])
+def test_what_must_outlive_jax_does_not_reach_it(name: str) -> None:
+    guilty = {module: found for module in reached(name) if (found := imports(module)[1] & JAX_PACKAGES)}
+    assert not guilty, f"{name} reaches JAX through {guilty}"
+
+
+def test_importing_them_does_not_import_jax() -> None:
+    """Libraries may import JAX behind our back, so it is tried as well as read."""
+    names = [PACKAGE, *(f"{PACKAGE}.{name}" for name in WITHOUT_JAX if name in modules())]
+    code = (
+        "import importlib, sys\n"
+        "for name in sys.argv[2:]:\n"
+        "    importlib.import_module(name)\n"
+        "    found = set(sys.argv[1].split(',')) & set(sys.modules)\n"
+        "    assert not found, f'importing {name} imports {found}'\n"
+    )
+    command = [sys.executable, "-c", code, ",".join(JAX_PACKAGES), *names]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_dependency_is_declared() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+    def canonical(requirement: str) -> str:
+        return re.split(r"[^A-Za-z0-9_.-]", requirement)[0].lower().replace("_", "-")
+
+    declared = {canonical(requirement) for requirement in project["dependencies"]}
+    # jax brings jaxlib at the version that it needs.
+    declared.add("jaxlib")
+    used = set().union(*(imports(name)[1] for name in modules())) - set(sys.stdlib_module_names)
+    missing = {name for name in used if canonical(DISTRIBUTIONS.get(name, name)) not in declared}
+    assert not missing, f"imported but not among the dependencies of pyproject.toml: {missing}"
+
+
+@pytest.mark.parametrize("name", sorted(modules()))
+def test_a_module_says_what_it_is_for(name: str) -> None:
+    tree = ast.parse(modules()[name].read_text(encoding="utf-8"))
+    assert not tree.body or ast.get_docstring(tree), f"{name} has no docstring"
+
+
+#: What tools leave behind. Folders of results and notebooks are read like the rest.
+LEFT_BEHIND = re.compile(r"__pycache__|build|dist|node_modules|.*\.egg-info|\..*")
+TEXT = {".py", ".sh", ".md", ".toml", ".cfg", ".ini", ".yml", ".yaml", ".ipynb", ".json", ""}
+
+
+def text_files(folder: Path = ROOT) -> Iterator[Path]:
+    """Every text file that belongs to the repository."""
+    for path in sorted(folder.iterdir()):
+        if LEFT_BEHIND.fullmatch(path.name) and path.name != ".ci":
+            continue
+        if path.is_dir() and not (path / "pyvenv.cfg").exists():
+            yield from text_files(path)
+        elif path.is_file() and path.suffix in TEXT:
+            yield path
+
+
+def lines_with(pattern: re.Pattern[str], suffixes: set[str] = TEXT) -> list[str]:
+    """Where a pattern stands in the repository, as file:line."""
+    return [
+        f"{path.relative_to(ROOT)}:{number}"
+        for path in text_files()
+        if path.suffix in suffixes and path != Path(__file__).resolve()
+        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1)
+        if pattern.search(line)
+    ]
+
+
+def test_files_stay_small() -> None:
+    sizes = {
+        str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines())
+        for path in text_files()
+        if path.suffix in {".py", ".sh"}
+    }
+    assert {path: lines for path, lines in sizes.items() if lines > MAX_LINES} == {}
+    assert f"{PACKAGE}/plan.py" in sizes and "tests/test_architecture.py" in sizes
+
+
+def test_no_file_names_a_package_registry() -> None:
+    """Registries come from the user's own settings, so that mirrors and closed networks work."""
+    assert lines_with(re.compile(r"pypi\.org|pythonhosted|registry\.npmjs|conda\.anaconda|crates\.io")) == []
+
+
+def test_no_file_names_one_machine() -> None:
+    assert lines_with(re.compile(r"(?<![\w.$}])/(work|root|home|Users)/\w")) == []
+
+
+def test_nothing_is_left_open_or_switched_off() -> None:
+    left = r"\b(TODO|FIXME|XXX)\b|pragma:\s*no cover|\b(pytest|mark|unittest)\.(skip|skipif|xfail|importorskip)\b"
+    assert lines_with(re.compile(left), {".py", ".sh"}) == []
+
+
+def test_continuous_integration_runs_the_tests() -> None:
+    assert re.search(r"^make test\b", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
