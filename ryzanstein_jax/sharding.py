@@ -165,8 +165,22 @@ _COLLECTIVE = re.compile(
     r"(?:-start)?\("
 )
 _ARRAY = re.compile(r"\b(pred|[a-z]+[0-9]+[a-z0-9]*)\[([0-9,]*)\]")
-_GROUPS = re.compile(r"replica_groups=(?:\[(?P<many>\d+),(?P<size>\d+)\]|\{\{(?P<first>[0-9,]+)\})")
-_PAIRS = re.compile(r"source_target_pairs=\{(.*?)\}\}")
+#: The ways in which XLA's versions write replica groups.
+_GROUP_MESH = re.compile(r"replica_groups=mesh\[(?P<mesh>[^\]]*)\] \{(?P<axes>[^}]*)\}")
+_GROUP_IOTA = re.compile(r"replica_groups=\[\d+,(?P<size>\d+)\]")
+_GROUP_LIST = re.compile(r"replica_groups=\{\{(?P<first>[0-9,]+)\}")
+
+
+def _group_size(line: str) -> int:
+    """Devices in a group of the collective on this line of HLO; all take part where no group is named."""
+    if match := _GROUP_MESH.search(line):
+        sizes = {axis: int(size) for axis, size in re.findall(r"'([^']*)'=(\d+)", match["mesh"])}
+        return math.prod(sizes[axis] for axis in re.findall(r"'([^']*)'", match["axes"]))
+    if match := _GROUP_IOTA.search(line):
+        return int(match["size"])
+    if match := _GROUP_LIST.search(line):
+        return match["first"].count(",") + 1
+    return line.count("{", line.find("source_target_pairs=")) - 1 if "source_target_pairs=" in line else 0
 
 
 def collectives(compiled: jax.stages.Compiled) -> list[Collective]:
@@ -180,11 +194,7 @@ def collectives(compiled: jax.stages.Compiled) -> list[Collective]:
         for dtype, dims in _ARRAY.findall(match["shape"]):
             bits = 8 if dtype == "pred" else int(re.sub(r"^[a-z]+(\d+).*", r"\1", dtype))
             size += math.prod(int(dim) for dim in dims.split(",") if dim) * bits // 8
-        group = 1
-        if groups := _GROUPS.search(line):
-            group = int(groups["size"]) if groups["size"] else groups["first"].count(",") + 1
-        elif pairs := _PAIRS.search(line):
-            group = pairs[1].count("{")
-        if group > 1 or match["kind"] == "collective-permute":
+        group = _group_size(line)
+        if group != 1:  # with itself alone a device has nothing to exchange
             found[match["kind"], size, group] += 1
     return [Collective(kind, size, group, count) for (kind, size, group), count in sorted(found.items())]
