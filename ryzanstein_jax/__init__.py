@@ -1,1 +1,18 @@
 """LLM inference in JAX on many devices. Importing this package does not import JAX."""
+
+from ryzanstein_jax.config import EngineConfig
+from ryzanstein_jax.llm import LLM, StreamChunk
+from ryzanstein_jax.request import CompletionOutput, Logprob, RequestOutput, SamplingParams
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LLM",
+    "CompletionOutput",
+    "EngineConfig",
+    "Logprob",
+    "RequestOutput",
+    "SamplingParams",
+    "StreamChunk",
+    "__version__",
+]

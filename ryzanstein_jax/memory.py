@@ -14,8 +14,10 @@ import psutil
 
 from ryzanstein_jax.errors import MemoryBudgetError
 from ryzanstein_jax.kv_cache import bytes_per_page
+from ryzanstein_jax.model.decoder import Decoder
+from ryzanstein_jax.model.params import param_specs
 from ryzanstein_jax.model.spec import ModelSpec
-from ryzanstein_jax.sharding import PaddedSizes
+from ryzanstein_jax.sharding import PaddedSizes, partition_spec
 
 _MIB = 1 << 20
 _GIB = 1 << 30
@@ -136,9 +138,7 @@ def plan_memory(
     return MemoryPlan(total, budget, weights, temporaries, logits, page, num_pages, page_size)
 
 
-def _nearest_width(
-    spec: ModelSpec, dtype: jnp.dtype, room: int, width: int, total: int, memory_fraction: float
-) -> str:
+def _nearest_width(spec: ModelSpec, dtype: jnp.dtype, room: int, width: int, total: int, memory_fraction: float) -> str:
     """What to change so that the weights fit."""
     size = spec.num_parameters() * jnp.dtype(dtype).itemsize
     for wider in (2, 4, 8, 16, 32, 64):
@@ -148,6 +148,36 @@ def _nearest_width(
     if memory_fraction < fraction <= 1:
         return f"Use memory_fraction={min(1.0, fraction):.2f}"
     return "Use a smaller dtype or model, or devices with more memory"
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a model takes on one device of a mesh, in values; times the dtype's size they are bytes.
+
+    Attributes:
+        width: devices of the mesh.
+        weights: parameters on one device.
+        kv_values: cached values per token on one device.
+        padding: parameters added so that the sizes divide, as a share of the model's own.
+    """
+
+    width: int
+    weights: int
+    kv_values: int
+    padding: float
+
+
+def footprint(spec: ModelSpec, width: int) -> Footprint:
+    """The footprint at one width, from the shapes alone: no devices are needed."""
+    sizes = PaddedSizes.of(spec, width)
+    total = local = 0
+    for param in param_specs(Decoder(spec, sizes, jnp.dtype("float32"))).values():
+        size = int(np.prod(param.shape, dtype=np.int64))
+        sharded = "tp" in partition_spec(param.axes)
+        total, local = total + size, local + (size // width if sharded else size)
+    real = spec.num_parameters()
+    kv = 2 * spec.num_layers * sizes.heads.num_slots // width * spec.head_dim
+    return Footprint(width, local, kv, (total - real) / real)
 
 
 def host_peak_bytes() -> int:

@@ -109,7 +109,9 @@ class StepPrograms:
     # --- the functions that are traced
 
     def _decoder(self, params: Params) -> Decoder:
-        flat = [(path, variable.replace(value)) for (path, variable), value in zip(self._variables, params, strict=True)]
+        flat = [
+            (path, variable.replace(value)) for (path, variable), value in zip(self._variables, params, strict=True)
+        ]
         return nnx.merge(self._graph, nnx.from_flat_state(flat))
 
     def _forward(self, bucket: Bucket) -> Callable[..., Any]:

@@ -53,6 +53,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "checkpoint.assemble",
         "checkpoint.dummy",
         "checkpoint.snapshot",
+        "checkpoint.snapshot_writer",
         "checkpoint.default_model",
         "checkpoint.files",
     ),
@@ -69,6 +70,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "engine.scheduler",
         "engine.outputs",
         "engine.engine",
+        "engine.open",
         "engine.runner",
         "engine.local",
     ),
@@ -85,7 +87,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "orchestrator.worker",
     ),
     # 5: surfaces. The package's own __init__ offers them by name, and so comes after them.
-    ("llm", "server", "server.app", "demo", "cli", "", "__main__"),
+    ("progress", "llm", "async_llm", "server", "server.app", "demo", "cli", "", "__main__"),
 )
 
 #: These stay in a process that has to outlive every JAX process, so nothing that they reach may import JAX.

@@ -194,9 +194,7 @@ def _gemma(arch: str, settings: _Settings, config: dict[str, Any]) -> dict[str, 
     ):
         extra[name] = settings.number(key) if settings.get(key) is not None else None
     every = 2 if arch == "gemma2" else 6
-    extra["layer_types"] = [
-        "full_attention" if (i + 1) % every == 0 else "sliding_attention" for i in range(layers)
-    ]
+    extra["layer_types"] = ["full_attention" if (i + 1) % every == 0 else "sliding_attention" for i in range(layers)]
     if arch == "gemma3":
         extra["rope_local_base_freq"] = settings.number("rope.freq_base_swa", 1e4)
     return extra

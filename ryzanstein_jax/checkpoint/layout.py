@@ -94,9 +94,7 @@ def layout_of(path: str, param: ParamSpec, spec: ModelSpec, sizes: PaddedSizes) 
         "kv_slots": spec.num_kv_heads,
     }
     if "kv_slots" not in param.axes:
-        canonical = tuple(
-            real.get(axis or "", size) for axis, size in zip(param.axes, param.shape, strict=True)
-        )
+        canonical = tuple(real.get(axis or "", size) for axis, size in zip(param.axes, param.shape, strict=True))
         if any(have < need for have, need in zip(param.shape, canonical, strict=True)):
             raise WeightsError("the parameter is too small", tensor=path, expected=canonical, found=param.shape)
         return Layout(param.shape, canonical)

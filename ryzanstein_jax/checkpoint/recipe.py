@@ -67,9 +67,7 @@ def make_recipes(
             configuration has no place for.
     """
     book = _Canonical(source) if source.dialect == "canonical" else _HuggingFace(source, spec)
-    recipes = {
-        path: list(book.parts(path, layout_of(path, param, spec, sizes))) for path, param in params.items()
-    }
+    recipes = {path: list(book.parts(path, layout_of(path, param, spec, sizes))) for path, param in params.items()}
     book.check_left_over()
     return recipes
 
@@ -177,9 +175,7 @@ class _HuggingFace(_Book):
         # Where none is held, the commonest is the one to name as missing.
         return next((s for s in known if s.of_expert(0) in self.names), known[0])
 
-    def _projection(
-        self, path: str, role: str, layer: int, kind: str, shape: tuple[int, ...]
-    ) -> tuple[str, Box]:
+    def _projection(self, path: str, role: str, layer: int, kind: str, shape: tuple[int, ...]) -> tuple[str, Box]:
         """A projection's tensor and its box there, which is less than the whole where it is fused."""
         spelling = self._find(role, layer, kind)
         start, rows = 0, shape[0]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -17,12 +19,14 @@ from ryzanstein_jax.cache import cache_dir
 from ryzanstein_jax.checkpoint.assemble import LoadReport, load_params
 from ryzanstein_jax.checkpoint.dummy import dummy_params
 from ryzanstein_jax.checkpoint.files import ModelFiles, open_source
+from ryzanstein_jax.checkpoint.snapshot_writer import save_snapshot
 from ryzanstein_jax.config import EngineConfig
+from ryzanstein_jax.engine.open import open_model, save_tokenizer
 from ryzanstein_jax.engine.runner import Runner, resolve_dtype
-from ryzanstein_jax.errors import ConfigError
 from ryzanstein_jax.memory import MemoryPlan, device_bytes, plan_memory, weight_bytes
 from ryzanstein_jax.metrics import Metrics
-from ryzanstein_jax.model.params import ParamSpec
+from ryzanstein_jax.model.decoder import Decoder
+from ryzanstein_jax.model.params import ParamSpec, param_specs
 from ryzanstein_jax.model.spec import ModelSpec
 from ryzanstein_jax.plan import StepPlan, StepResult
 from ryzanstein_jax.request import MAX_STOPS
@@ -53,6 +57,12 @@ class SetupReport:
     compile_seconds: float
     num_programs: int
 
+    def __str__(self) -> str:
+        return (
+            f"{self.device}, {self.dtype}; weights in {self.load_seconds:.1f} s, "
+            f"{self.num_programs} programs in {self.compile_seconds:.1f} s\n{self.memory}"
+        )
+
 
 class LocalExecutor:
     """Compiles, loads and runs a model on devices of this process.
@@ -64,7 +74,7 @@ class LocalExecutor:
         progress: called with what is going on, how much is done, and of how much.
 
     Raises:
-        ConfigError: there are too few devices, or `max_model_len` is over the model's limit.
+        ConfigError: there are too few devices.
         MemoryBudgetError: the model does not fit; nothing was loaded.
         WeightsError: the weights are missing or broken.
     """
@@ -85,9 +95,6 @@ class LocalExecutor:
         dtype = resolve_dtype(config.dtype, spec.dtype, device.platform)
         sizes = PaddedSizes.of(spec, config.tensor_parallel_size)
         max_model_len = config.max_model_len or spec.max_position_embeddings
-        if max_model_len > spec.max_position_embeddings:
-            remedy = f"the model's own limit is {spec.max_position_embeddings} tokens"
-            raise ConfigError("max_model_len", max_model_len, remedy)
 
         began = time.perf_counter()
         buckets = bucket_ladder(config.max_num_seqs, min(config.max_num_batched_tokens, max_model_len))
@@ -163,6 +170,30 @@ class LocalExecutor:
         found = {f"forward, {bucket}": collectives(program) for bucket, program in self._programs.forwards.items()}
         found |= {f"sample, {rows} rows": collectives(program) for rows, program in self._programs.samplers.items()}
         return found
+
+
+def snapshot_model(config: EngineConfig, folder: str | Path, *, overwrite: bool = False) -> Path:
+    """Loads a model's weights, sharded as configured, and writes them as a snapshot.
+
+    Raises:
+        ConfigError, UnsupportedModelError, WeightsError: as `LocalExecutor`; or the folder exists.
+    """
+    prepare_process(config)
+    opened = open_model(config)
+    files, spec = opened.files, opened.spec
+    mesh = make_mesh(config.tensor_parallel_size)
+    dtype = resolve_dtype(config.dtype, spec.dtype, mesh.devices.flat[0].platform)
+    sizes = PaddedSizes.of(spec, config.tensor_parallel_size)
+    params = param_specs(Decoder(spec, sizes, dtype))
+    arrays, _ = load_params(open_source(files), spec, sizes, params, mesh)
+    with tempfile.TemporaryDirectory() as scratch:
+        extra = [file for file in (files.tokenizer_config, files.chat_template) if file is not None]
+        if files.tokenizer is not None and files.tokenizer.suffix == ".gguf":
+            assert opened.tokenizer is not None
+            extra = save_tokenizer(opened.tokenizer, Path(scratch))
+        elif files.tokenizer is not None:
+            extra.append(files.tokenizer)
+        return save_snapshot(folder, arrays, params, spec, sizes, config=files.config, files=extra, overwrite=overwrite)
 
 
 def _load(

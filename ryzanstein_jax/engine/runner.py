@@ -37,9 +37,7 @@ class Runner:
         self._row_layouts: dict[int, RowLayout] = {count: RowLayout(count) for count in rows}
         self._full_layouts: dict[int, FullRowLayout] = {count: shapes.full_layout(count) for count in rows}
         self._allow_all = {
-            count: jax.device_put(
-                np.full((count, programs.mask_words), 0xFFFFFFFF, np.uint32), programs.replicated
-            )
+            count: jax.device_put(np.full((count, programs.mask_words), 0xFFFFFFFF, np.uint32), programs.replicated)
             for count in rows
         }
         self._in_flight: deque[tuple[StepPlan, jax.Array, SampleResult | None]] = deque()

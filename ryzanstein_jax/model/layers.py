@@ -107,9 +107,7 @@ class VocabParallelEmbedding(nnx.Module):
 
     def logits(self, x_RD: jax.Array) -> jax.Array:
         """float32 [R, V], sharded over V."""
-        return jax.lax.dot_general(
-            x_RD, self.table[...], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
-        )
+        return jax.lax.dot_general(x_RD, self.table[...], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
 
 
 class RMSNorm(nnx.Module):

@@ -288,6 +288,4 @@ def test_dummy_weights_are_the_same_model_at_every_width():
     table = {"embedding.table": params["embedding.table"]}
     other = dummy_params(FULL, sizes, table, mesh, seed=4)["embedding.table"]
     assert not np.array_equal(other, narrow["embedding.table"])
-    assert not np.array_equal(
-        narrow["layers.0.attention.qkv.kernel"], narrow["layers.1.attention.qkv.kernel"]
-    )
+    assert not np.array_equal(narrow["layers.0.attention.qkv.kernel"], narrow["layers.1.attention.qkv.kernel"])

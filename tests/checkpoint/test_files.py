@@ -16,7 +16,8 @@ from ryzanstein_jax.checkpoint.assemble import load_params
 from ryzanstein_jax.checkpoint.files import open_source, resolve_model
 from ryzanstein_jax.checkpoint.gguf import GgufSource
 from ryzanstein_jax.checkpoint.safetensors import SafetensorsSource
-from ryzanstein_jax.checkpoint.snapshot import SnapshotSource, save_snapshot
+from ryzanstein_jax.checkpoint.snapshot import SnapshotSource
+from ryzanstein_jax.checkpoint.snapshot_writer import save_snapshot
 from ryzanstein_jax.errors import ConfigError, WeightsError
 from ryzanstein_jax.model.decoder import Decoder
 from ryzanstein_jax.model.families import spec_from_config

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from tiny import BASE, DictSource, setup, weights_of
 
-from ryzanstein_jax.checkpoint import snapshot
+from ryzanstein_jax.checkpoint import snapshot_writer
 from ryzanstein_jax.checkpoint.assemble import load_params
-from ryzanstein_jax.checkpoint.snapshot import MANIFEST, SnapshotSource, save_snapshot
+from ryzanstein_jax.checkpoint.snapshot import MANIFEST, SnapshotSource
+from ryzanstein_jax.checkpoint.snapshot_writer import save_snapshot
 from ryzanstein_jax.errors import WeightsError
 
 SPEC = BASE.replace(tie_embeddings=False, qk_norm="all", norms="post", layers=BASE.layers[:1])
@@ -81,7 +82,7 @@ def test_a_save_cut_short_leaves_nothing_that_loads(tmp_path, monkeypatch):
     def die(path):
         raise Killed
 
-    monkeypatch.setattr(snapshot, "_sync", die)
+    monkeypatch.setattr(snapshot_writer, "_sync", die)
     with pytest.raises(Killed):
         save(tmp_path / "model", 1)
     assert not (tmp_path / "model").exists()

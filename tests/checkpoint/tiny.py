@@ -91,9 +91,7 @@ def params_of(spec: ModelSpec, sizes: PaddedSizes, dtype: str = "float32") -> di
         if layer.moe and spec.moe:
             size = spec.moe.intermediate_size
             add(f"{at}mlp.router", (spec.moe.num_experts, embed), (None, "embed"))
-            add(
-                f"{at}mlp.gate_up", (sizes.experts, 2, size, embed), ("experts", "gate_up", "expert_ffn", "embed")
-            )
+            add(f"{at}mlp.gate_up", (sizes.experts, 2, size, embed), ("experts", "gate_up", "expert_ffn", "embed"))
             add(f"{at}mlp.down", (sizes.experts, embed, size), ("experts", "embed", "expert_ffn"))
         else:
             add(f"{at}mlp.gate_up.kernel", (sizes.ffn, 2, embed), ("ffn", "gate_up", "embed"))

@@ -1,0 +1,351 @@
+"""`LLM`: a model in this process, for scripts and notebooks."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from types import TracebackType
+from typing import Any, Self
+
+from ryzanstein_jax.config import EngineConfig
+from ryzanstein_jax.engine.engine import Engine
+from ryzanstein_jax.engine.open import OpenModel, open_model
+from ryzanstein_jax.engine.tokens import Tokenizer
+from ryzanstein_jax.errors import ConfigError, EngineClosedError, RequestError
+from ryzanstein_jax.progress import progress_bars, say
+from ryzanstein_jax.request import RequestOutput, SamplingParams
+
+#: A prompt: text, token ids, or a mapping with "prompt" or "prompt_token_ids" as in vLLM.
+Prompt = str | Sequence[int] | Mapping[str, Any]
+Messages = Sequence[Mapping[str, Any]]
+
+#: vLLM's names of settings that have another name here.
+_RENAMED = {
+    "gpu_memory_utilization": "memory_fraction",
+    "block_size": "page_size",
+    "num_gpu_blocks_override": "num_pages",
+    "tokenizer_revision": "revision",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class StreamChunk:
+    """What a stream adds.
+
+    Attributes:
+        index: which of the n completions.
+        text: new text.
+        token_ids: new tokens.
+        finish_reason: set in the completion's last chunk.
+        output: the whole request so far; it goes on growing until the stream ends.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: str | None
+    output: RequestOutput
+
+
+class StreamCursor:
+    """Turns a request's growing output into chunks."""
+
+    def __init__(self) -> None:
+        self._sent: dict[int, tuple[int, int, bool]] = {}
+
+    def advance(self, output: RequestOutput) -> list[StreamChunk]:
+        """What is new since the last call."""
+        chunks = []
+        for completion in output.outputs:
+            characters, tokens, ended = self._sent.get(completion.index, (0, 0, False))
+            text, token_ids = completion.text[characters:], completion.token_ids[tokens:]
+            if ended or not (text or token_ids or completion.finished):
+                continue
+            chunks.append(StreamChunk(completion.index, text, token_ids, completion.finish_reason, output))
+            self._sent[completion.index] = (len(completion.text), len(completion.token_ids), completion.finished)
+        return chunks
+
+
+def make_config(model: str, settings: dict[str, Any]) -> EngineConfig:
+    """An `EngineConfig` of keyword settings.
+
+    Raises:
+        ConfigError: there is no such setting; the message names the nearest.
+    """
+    known = {field.name for field in fields(EngineConfig)}
+    for name, value in settings.items():
+        if name not in known:
+            remedy = (
+                f"use {_RENAMED[name]}" if name in _RENAMED else f"there is no such setting; known: {sorted(known)}"
+            )
+            raise ConfigError(name, value, remedy)
+    return EngineConfig(model, **settings)
+
+
+class LLM:
+    """A model, its devices and its engine.
+
+    Use it as a context manager, or call `close`. Safe to call from several threads; they take turns.
+
+    Args:
+        model: Hugging Face id, folder, `.gguf` file, snapshot, or "smollm2" for the default model.
+        progress: show bars while it starts, and the memory sum.
+        settings: the other fields of `EngineConfig`.
+
+    Raises:
+        ConfigError, UnsupportedModelError, WeightsError, MemoryBudgetError: before anything is held.
+    """
+
+    def __init__(self, model: str = "smollm2", *, progress: bool = True, **settings: Any):
+        self.config = make_config(model, settings)
+        opened = open_model(self.config)
+        # Imported here so that importing this module does not start JAX.
+        from ryzanstein_jax.engine.local import LocalExecutor
+
+        with progress_bars(progress) as bars:
+            self._executor = LocalExecutor(self.config, opened.files, opened.spec, progress=bars)
+        self.report = self._executor.report
+        if progress:
+            say(str(self.report))
+        self._opened = opened
+        self._engine = Engine(
+            self._executor, tokenizer=opened.tokenizer, eos_token_ids=opened.eos_token_ids, config=self.config
+        )
+        self._lock = threading.RLock()
+        self._outputs: dict[str, RequestOutput] = {}
+        self._ids = itertools.count()
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        return self._opened.tokenizer
+
+    @property
+    def num_devices(self) -> int:
+        return self.config.tensor_parallel_size
+
+    @property
+    def metrics(self):  # type: ignore[no-untyped-def]
+        """Counters and histograms of the engine (`ryzanstein_jax.metrics.Metrics`)."""
+        return self._executor.metrics
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What the model's `generation_config.json` recommends."""
+        return default_sampling_params(self._opened)
+
+    def collectives(self):  # type: ignore[no-untyped-def]
+        """What each compiled program communicates: program -> list of `sharding.Collective`."""
+        return self._executor.collectives()
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Completes prompts, in one continuous batch.
+
+        Args:
+            prompts: one prompt or a list of them.
+            sampling_params: for all prompts, or one for each; None takes the model's own defaults.
+            use_tqdm: show a progress bar. The name is vLLM's.
+
+        Returns:
+            One output per prompt, in order.
+
+        Raises:
+            RequestError: a prompt or its parameters are invalid; then none of them is run.
+        """
+        batch = as_batch(prompts)
+        each = self._params_of(sampling_params, len(batch))
+        encoded = map(self._encode, batch)
+        return self._run([(*prompt, params) for prompt, params in zip(encoded, each, strict=True)], use_tqdm)
+
+    def chat(
+        self,
+        messages: Messages | Sequence[Messages],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Answers one conversation, or each of several, through the model's chat template.
+
+        Raises:
+            RequestError: the model has no chat template, the template refuses the messages, or as `generate`.
+        """
+        conversations = [messages] if _is_conversation(messages) else list(messages)
+        each = self._params_of(sampling_params, len(conversations))
+        requests = []
+        for conversation, params in zip(conversations, each, strict=True):
+            ids = self._need_tokenizer().encode_chat(
+                conversation, add_generation_prompt=add_generation_prompt, tools=tools, **(chat_template_kwargs or {})
+            )
+            requests.append((None, ids, params))
+        return self._run(requests, use_tqdm)
+
+    def stream(self, prompt: Prompt | Messages, sampling_params: SamplingParams | None = None) -> Iterator[StreamChunk]:
+        """Completes one prompt, or answers one conversation, piece by piece.
+
+        Closing the iterator aborts the request.
+        """
+        if _is_conversation(prompt):
+            text, ids = None, self._need_tokenizer().encode_chat(prompt)
+        else:
+            text, ids = self._encode(prompt)
+        (params,) = self._params_of(sampling_params, 1)
+        request_id = self._add(text, ids, params)
+        return self._stream(request_id)
+
+    def abort_all(self) -> None:
+        """Ends every request that is under way with finish reason "abort"."""
+        with self._lock:
+            for request_id in list(self._outputs):
+                self._engine.abort(request_id)
+
+    def close(self) -> None:
+        """Ends what is under way and frees the devices. May be called again."""
+        with self._lock:
+            self._engine.close()
+            self._executor.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # --- within
+
+    def _need_tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise RequestError("prompt", "text", "the model brings no tokenizer: give token ids, or set tokenizer=")
+        return self.tokenizer
+
+    def _encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        return encode_prompt(prompt, self.tokenizer)
+
+    def _params_of(
+        self, given: SamplingParams | Sequence[SamplingParams] | None, count: int
+    ) -> Sequence[SamplingParams]:
+        if given is None:
+            given = self.get_default_sampling_params()
+        each = [given] * count if isinstance(given, SamplingParams) else list(given)
+        if len(each) != count:
+            raise RequestError("sampling_params", len(each), f"give one, or one for each of the {count} prompts")
+        return each
+
+    def _add(self, text: str | None, ids: list[int], params: SamplingParams) -> str:
+        with self._lock:
+            request_id = str(next(self._ids))
+            self._engine.add(request_id, ids, params, prompt=text)
+            return request_id
+
+    def _step(self) -> None:
+        for output in self._engine.step():
+            self._outputs[output.request_id] = output
+
+    def _run(
+        self, requests: Sequence[tuple[str | None, list[int], SamplingParams]], use_tqdm: bool
+    ) -> list[RequestOutput]:
+        with self._lock, progress_bars(use_tqdm and len(requests) > 1) as bars:
+            ids: list[str] = []
+            try:
+                for request in requests:
+                    ids.append(self._add(*request))
+                waiting = set(ids)
+                while waiting:
+                    bars("requests", len(ids) - len(waiting), len(ids))
+                    self._step()
+                    waiting = {i for i in waiting if i not in self._outputs or not self._outputs[i].finished}
+            except BaseException:
+                for request_id in ids:
+                    self._engine.abort(request_id)
+                raise
+            results = [self._outputs.pop(request_id) for request_id in ids]
+        for result in results:
+            if result.error is not None:
+                raise result.error
+        return results
+
+    def _stream(self, request_id: str) -> Iterator[StreamChunk]:
+        cursor = StreamCursor()
+        try:
+            while True:
+                with self._lock:
+                    output = self._outputs.get(request_id)
+                    chunks = cursor.advance(output) if output is not None else []
+                    finished = output is not None and output.finished
+                    if not chunks and not finished:
+                        self._step()
+                        continue
+                yield from chunks
+                if finished:
+                    assert output is not None
+                    if output.error is not None:
+                        raise output.error
+                    return
+        finally:
+            with self._lock:
+                try:
+                    self._engine.abort(request_id)
+                except EngineClosedError:
+                    pass  # it ended with the engine
+                self._outputs.pop(request_id, None)
+
+
+def as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt or several -> a list of prompts."""
+    if isinstance(prompts, str | Mapping):
+        return [prompts]
+    if prompts and all(isinstance(item, int) for item in prompts):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]
+
+
+def encode_prompt(prompt: Prompt, tokenizer: Tokenizer | None) -> tuple[str | None, list[int]]:
+    """Text (where there is one) and token ids of a prompt.
+
+    Raises:
+        RequestError: it is neither text nor token ids, or text where there is no tokenizer.
+    """
+    if isinstance(prompt, Mapping):
+        if "prompt_token_ids" in prompt:
+            return prompt.get("prompt"), list(prompt["prompt_token_ids"])
+        prompt = prompt.get("prompt", prompt)
+    if isinstance(prompt, str):
+        if tokenizer is None:
+            raise RequestError("prompt", prompt, "the model brings no tokenizer: give token ids, or set tokenizer=")
+        return prompt, tokenizer.encode(prompt)
+    if isinstance(prompt, Sequence) and not isinstance(prompt, bytes):
+        return None, list(prompt)
+    raise RequestError("prompt", prompt, "use text, a list of token ids, or a mapping with either")
+
+
+def default_sampling_params(opened: OpenModel) -> SamplingParams:
+    """What the model's `generation_config.json` recommends, where it is valid."""
+    advice = opened.files.generation_config
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    chosen = {name: advice[name] for name in names if advice.get(name) is not None}
+    if advice.get("do_sample") is False:
+        chosen["temperature"] = 0.0
+    try:
+        return SamplingParams(**chosen)
+    except RequestError:
+        return SamplingParams()
+
+
+def _is_conversation(value: object) -> bool:
+    return (
+        isinstance(value, Sequence)
+        and not isinstance(value, str)
+        and bool(value)
+        and isinstance(value[0], Mapping)
+        and "role" in value[0]
+    )
