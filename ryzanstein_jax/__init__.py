@@ -1,5 +1,6 @@
 """LLM inference in JAX on many devices. Importing this package does not import JAX."""
 
+from ryzanstein_jax.async_llm import AsyncLLM
 from ryzanstein_jax.config import EngineConfig
 from ryzanstein_jax.llm import LLM, StreamChunk
 from ryzanstein_jax.request import CompletionOutput, Logprob, RequestOutput, SamplingParams
@@ -8,6 +9,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "LLM",
+    "AsyncLLM",
     "CompletionOutput",
     "EngineConfig",
     "Logprob",

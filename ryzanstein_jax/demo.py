@@ -13,8 +13,13 @@ from ryzanstein_jax.request import RequestOutput, SamplingParams
 def run_demo(prompt: str, tensor_parallel_size: int, max_tokens: int) -> None:
     """Answers a prompt with the default model, greedy, and prints what it cost."""
     say(f"SmolLM2-135M-Instruct on a mesh of {tensor_parallel_size} devices. The first run fetches and compiles it.\n")
-    settings = {"max_model_len": 1024, "max_num_seqs": 1, "max_num_batched_tokens": 128}
-    with LLM("smollm2", tensor_parallel_size=tensor_parallel_size, **settings) as llm:
+    with LLM(
+        "smollm2",
+        tensor_parallel_size=tensor_parallel_size,
+        max_model_len=1024,
+        max_num_seqs=1,
+        max_num_batched_tokens=128,
+    ) as llm:
         say(f"\n> {prompt}\n")
         output: RequestOutput | None = None
         messages = [{"role": "user", "content": prompt}]

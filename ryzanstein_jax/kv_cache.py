@@ -8,7 +8,7 @@ account of it anywhere.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +22,14 @@ TOKEN_AXES = ("pages", "page")
 
 
 class KVCache(NamedTuple):
-    """Pages of all layers: `keys[i]`, `values[i]` [pages, kv_slots, page, head_dim]; `tokens` int32 [pages, page]."""
+    """Pages of all layers: `keys[i]`, `values[i]` [pages, kv_slots, page, head_dim]; `tokens` int32 [pages, page].
 
-    keys: tuple[jax.Array, ...]
-    values: tuple[jax.Array, ...]
-    tokens: jax.Array
+    The leaves are arrays, or ShapeDtypeStructs of them while programs are lowered.
+    """
+
+    keys: tuple[Any, ...]
+    values: tuple[Any, ...]
+    tokens: Any
 
     @classmethod
     def shapes(

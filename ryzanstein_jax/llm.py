@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeGuard, cast
 
 from ryzanstein_jax.config import EngineConfig
 from ryzanstein_jax.engine.engine import Engine
@@ -16,6 +16,11 @@ from ryzanstein_jax.engine.tokens import Tokenizer
 from ryzanstein_jax.errors import ConfigError, EngineClosedError, RequestError
 from ryzanstein_jax.progress import progress_bars, say
 from ryzanstein_jax.request import RequestOutput, SamplingParams
+
+if TYPE_CHECKING:
+    from ryzanstein_jax.engine.local import LocalExecutor
+    from ryzanstein_jax.metrics import Metrics
+    from ryzanstein_jax.sharding import Collective
 
 #: A prompt: text, token ids, or a mapping with "prompt" or "prompt_token_ids" as in vLLM.
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -84,6 +89,20 @@ def make_config(model: str, settings: dict[str, Any]) -> EngineConfig:
     return EngineConfig(model, **settings)
 
 
+def start_engine(config: EngineConfig, progress: bool) -> tuple[OpenModel, LocalExecutor, Engine]:
+    """Opens a model, makes its executor and its engine, and says what that cost."""
+    opened = open_model(config)
+    # Imported here so that importing this module does not start JAX.
+    from ryzanstein_jax.engine.local import LocalExecutor
+
+    with progress_bars(progress) as bars:
+        executor = LocalExecutor(config, opened.files, opened.spec, progress=bars)
+    if progress:
+        say(str(executor.report))
+    engine = Engine(executor, tokenizer=opened.tokenizer, eos_token_ids=opened.eos_token_ids, config=config)
+    return opened, executor, engine
+
+
 class LLM:
     """A model, its devices and its engine.
 
@@ -100,19 +119,8 @@ class LLM:
 
     def __init__(self, model: str = "smollm2", *, progress: bool = True, **settings: Any):
         self.config = make_config(model, settings)
-        opened = open_model(self.config)
-        # Imported here so that importing this module does not start JAX.
-        from ryzanstein_jax.engine.local import LocalExecutor
-
-        with progress_bars(progress) as bars:
-            self._executor = LocalExecutor(self.config, opened.files, opened.spec, progress=bars)
+        self._opened, self._executor, self._engine = start_engine(self.config, progress)
         self.report = self._executor.report
-        if progress:
-            say(str(self.report))
-        self._opened = opened
-        self._engine = Engine(
-            self._executor, tokenizer=opened.tokenizer, eos_token_ids=opened.eos_token_ids, config=self.config
-        )
         self._lock = threading.RLock()
         self._outputs: dict[str, RequestOutput] = {}
         self._ids = itertools.count()
@@ -126,16 +134,16 @@ class LLM:
         return self.config.tensor_parallel_size
 
     @property
-    def metrics(self):  # type: ignore[no-untyped-def]
-        """Counters and histograms of the engine (`ryzanstein_jax.metrics.Metrics`)."""
+    def metrics(self) -> Metrics:
+        """Counters and histograms of the engine."""
         return self._executor.metrics
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What the model's `generation_config.json` recommends."""
         return default_sampling_params(self._opened)
 
-    def collectives(self):  # type: ignore[no-untyped-def]
-        """What each compiled program communicates: program -> list of `sharding.Collective`."""
+    def collectives(self) -> dict[str, list[Collective]]:
+        """What each compiled program communicates: kind, bytes, group and count, by program."""
         return self._executor.collectives()
 
     def generate(
@@ -178,7 +186,9 @@ class LLM:
         Raises:
             RequestError: the model has no chat template, the template refuses the messages, or as `generate`.
         """
-        conversations = [messages] if _is_conversation(messages) else list(messages)
+        conversations: list[Messages] = (
+            [messages] if _is_conversation(messages) else list(cast(Sequence[Messages], messages))
+        )
         each = self._params_of(sampling_params, len(conversations))
         requests = []
         for conversation, params in zip(conversations, each, strict=True):
@@ -193,10 +203,7 @@ class LLM:
 
         Closing the iterator aborts the request.
         """
-        if _is_conversation(prompt):
-            text, ids = None, self._need_tokenizer().encode_chat(prompt)
-        else:
-            text, ids = self._encode(prompt)
+        text, ids = encode_input(prompt, self.tokenizer)
         (params,) = self._params_of(sampling_params, 1)
         request_id = self._add(text, ids, params)
         return self._stream(request_id)
@@ -315,17 +322,28 @@ def encode_prompt(prompt: Prompt, tokenizer: Tokenizer | None) -> tuple[str | No
     Raises:
         RequestError: it is neither text nor token ids, or text where there is no tokenizer.
     """
+    text: object = prompt
+    ids: object = None
     if isinstance(prompt, Mapping):
-        if "prompt_token_ids" in prompt:
-            return prompt.get("prompt"), list(prompt["prompt_token_ids"])
-        prompt = prompt.get("prompt", prompt)
-    if isinstance(prompt, str):
-        if tokenizer is None:
-            raise RequestError("prompt", prompt, "the model brings no tokenizer: give token ids, or set tokenizer=")
-        return prompt, tokenizer.encode(prompt)
-    if isinstance(prompt, Sequence) and not isinstance(prompt, bytes):
-        return None, list(prompt)
-    raise RequestError("prompt", prompt, "use text, a list of token ids, or a mapping with either")
+        text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
+    elif not isinstance(prompt, str):
+        text, ids = None, prompt
+    if isinstance(ids, Sequence) and not isinstance(ids, str | bytes):
+        return text if isinstance(text, str) else None, list(ids)
+    if not isinstance(text, str):
+        raise RequestError("prompt", prompt, "use text, a list of token ids, or a mapping with either")
+    if tokenizer is None:
+        raise RequestError("prompt", prompt, "the model brings no tokenizer: give token ids, or set tokenizer=")
+    return text, tokenizer.encode(text)
+
+
+def encode_input(prompt: Prompt | Messages, tokenizer: Tokenizer | None) -> tuple[str | None, list[int]]:
+    """`encode_prompt` of a prompt, or the chat template of a conversation."""
+    if not _is_conversation(prompt):
+        return encode_prompt(cast(Prompt, prompt), tokenizer)
+    if tokenizer is None:
+        raise RequestError("messages", prompt, "the model brings no tokenizer: give token ids, or set tokenizer=")
+    return None, tokenizer.encode_chat(prompt)
 
 
 def default_sampling_params(opened: OpenModel) -> SamplingParams:
@@ -341,7 +359,7 @@ def default_sampling_params(opened: OpenModel) -> SamplingParams:
         return SamplingParams()
 
 
-def _is_conversation(value: object) -> bool:
+def _is_conversation(value: object) -> TypeGuard[Messages]:
     return (
         isinstance(value, Sequence)
         and not isinstance(value, str)

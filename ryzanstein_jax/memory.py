@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -148,6 +149,18 @@ def _nearest_width(spec: ModelSpec, dtype: jnp.dtype, room: int, width: int, tot
     if memory_fraction < fraction <= 1:
         return f"Use memory_fraction={min(1.0, fraction):.2f}"
     return "Use a smaller dtype or model, or devices with more memory"
+
+
+def memory_analysis(compiled: jax.stages.Compiled) -> Any:
+    """XLA's account of a compiled program, in bytes on one device.
+
+    Raises:
+        MemoryBudgetError: this backend keeps none, so memory could only be guessed.
+    """
+    analysis = compiled.memory_analysis()
+    if analysis is None:
+        raise MemoryBudgetError("this JAX backend does not tell what a program takes; give num_pages")
+    return analysis
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
-import numpy as np
 
 from ryzanstein_jax.batch import bucket_ladder
 from ryzanstein_jax.cache import cache_dir
@@ -23,7 +22,7 @@ from ryzanstein_jax.checkpoint.snapshot_writer import save_snapshot
 from ryzanstein_jax.config import EngineConfig
 from ryzanstein_jax.engine.open import open_model, save_tokenizer
 from ryzanstein_jax.engine.runner import Runner, resolve_dtype
-from ryzanstein_jax.memory import MemoryPlan, device_bytes, plan_memory, weight_bytes
+from ryzanstein_jax.memory import MemoryPlan, device_bytes, memory_analysis, plan_memory, weight_bytes
 from ryzanstein_jax.metrics import Metrics
 from ryzanstein_jax.model.decoder import Decoder
 from ryzanstein_jax.model.params import ParamSpec, param_specs
@@ -114,7 +113,7 @@ class LocalExecutor:
 
         programs = make_programs(shapes)
         progress("measuring memory", 0, 1)
-        probe = programs.lower_forward(buckets[-1]).compile()
+        probe = memory_analysis(programs.lower_forward(buckets[-1]).compile())
         progress("measuring memory", 1, 1)
         fraction = config.memory_fraction or (0.25 if device.platform == "cpu" else 0.9)
         memory = plan_memory(
@@ -124,7 +123,7 @@ class LocalExecutor:
             total=device_bytes(len(jax.local_devices()), device),
             memory_fraction=fraction,
             weights=weight_bytes(programs.param_shapes),
-            temporaries=probe.memory_analysis().temp_size_in_bytes,
+            temporaries=probe.temp_size_in_bytes,
             # Of two steps, and copies made whole for the sampler.
             logits=4 * max_rows * sizes.vocab * 4,
             page_size=config.page_size,
@@ -237,9 +236,3 @@ def _keep_freed_memory() -> None:
         libc.mallopt(m_mmap_threshold, 1 << 30)
         libc.mallopt(m_trim_threshold, 1 << 30)
         libc.mallopt(m_top_pad, 64 << 20)
-
-
-def temporary_bytes(programs: StepPrograms) -> int:
-    """Most that any compiled program takes besides its arguments and results, on one device."""
-    compiled = [*programs.forwards.values(), *programs.samplers.values(), *programs.full_samplers.values()]
-    return int(np.max([program.memory_analysis().temp_size_in_bytes for program in compiled]))

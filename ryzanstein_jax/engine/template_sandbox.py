@@ -269,7 +269,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             "strftime_now": _strftime_now,
         }
 
-    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
+    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         budget.get().charge()
         owner = getattr(__obj, "__self__", None)
         if isinstance(owner, str):

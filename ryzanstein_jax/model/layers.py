@@ -12,6 +12,7 @@ F ffn, V vocab, E experts, R rows.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -130,7 +131,7 @@ class AllHeadsRMSNorm(nnx.Module):
     """
 
     def __init__(
-        self, shape: tuple[int, ...], axes: tuple[str, ...], counted: jax.typing.ArrayLike, features: int,
+        self, shape: tuple[int, ...], axes: tuple[str, ...], counted: tuple[Any, ...], features: int,
         *, eps: float, dtype: jnp.dtype,
     ):  # fmt: skip
         self.scale = param(shape, axes, dtype)

@@ -1,0 +1,118 @@
+"""Every family, at every width, gives the logits and tokens that transformers gave (see `golden/README.md`)."""
+
+import numpy as np
+import pytest
+
+from ryzanstein_jax.batch import Bucket
+from ryzanstein_jax.config import EngineConfig
+from ryzanstein_jax.engine.engine import Engine
+from ryzanstein_jax.engine.runner import Runner
+from ryzanstein_jax.request import SamplingParams
+from tests.support import (
+    FAMILIES,
+    GOLDEN,
+    WIDTHS,
+    Forward,
+    golden_expected,
+    golden_spec,
+    load,
+    make_plan,
+    make_programs,
+    serve,
+    small_blocks,
+)
+
+TOLERANCE = 1e-4
+PAGE_SIZE, NUM_PAGES = 4, 64
+#: One bucket for a whole script: a second program would double what this file costs.
+BUCKET = Bucket(decodes=3, prefill_tokens=40, prefills=4, rows=43)
+
+#: A script of steps. Sequences "a", "b" and "c" are the golden one, "x" is noise; "c" begins with pages that "a" filled.
+#: Each step: which sequences decode a token, and whose prompt gets how many. Pages hold 4 tokens, tiles and
+#: blocks 8: chunks end inside all of them, cross them, and are as short as one token.
+SCRIPT: list[tuple[str, dict[str, int]]] = [
+    ("", {"a": 13, "x": 5}),
+    ("", {"a": 1, "b": 20, "x": 9}),
+    ("x", {"a": 19}),
+    ("bx", {"a": 7, "c": 6}),
+    ("ab", {"c": 17}),
+    ("ba", {"x": 1, "c": 1}),
+    ("cab", {"x": 11}),
+]
+DECODES = ["abc", "cb", "a", "cba", "bxa"]
+SHARED = 12  # tokens of "c" that were found in the prefix cache
+
+
+def programs_of(family: str, width: int):
+    return make_programs(
+        golden_spec(family), width, BUCKET, num_pages=NUM_PAGES, page_size=PAGE_SIZE, table_width=56 // PAGE_SIZE
+    )
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits(family: str, width: int) -> None:
+    with small_blocks(8, 8):
+        programs = programs_of(family, width)
+        run_script(family, Forward(programs, load(programs, GOLDEN / family)))
+
+
+def run_script(family: str, forward: Forward) -> None:
+    tokens, expected, prompt = golden_expected(family)
+    rng = np.random.default_rng(7)
+    pages = rng.permutation(np.arange(1, NUM_PAGES)).tolist()
+    of = {name: [pages.pop() for _ in range(14)] for name in "abx"}
+    of["c"] = of["a"][: SHARED // PAGE_SIZE] + [pages.pop() for _ in range(14 - SHARED // PAGE_SIZE)]
+    ids = dict.fromkeys("abc", tokens) | {"x": rng.integers(0, expected.shape[1], 56)}
+    done = dict.fromkeys("abx", 0) | {"c": SHARED}
+
+    def step(decodes: str, chunks: dict[str, int]) -> None:
+        logits = forward(
+            make_plan(
+                [(ids[name], of[name], done[name]) for name in decodes],
+                [(ids[name], of[name], done[name], done[name] + count) for name, count in chunks.items()],
+            )
+        )
+        row = 0
+        for name, count in [(name, 1) for name in decodes] + list(chunks.items()):
+            begin = done[name]
+            if name != "x":
+                got, wanted = logits[row : row + count], expected[begin : begin + count]
+                np.testing.assert_allclose(got, wanted, rtol=0, atol=TOLERANCE, err_msg=f"{name} from {begin}")
+                after = [i for i in range(begin, begin + count) if i >= len(prompt) - 1]
+                chosen = got[len(got) - len(after) :].argmax(axis=1)
+                assert chosen.tolist() == tokens[[i + 1 for i in after]].tolist()
+            row, done[name] = row + count, begin + count
+
+    for decodes, chunks in SCRIPT:
+        step(decodes, chunks)
+    for turn in range(40):
+        alive = [name for name in DECODES[turn % len(DECODES)] if done[name] < len(expected)]
+        if alive:
+            step("".join(alive), {})
+    assert all(done[name] == len(expected) for name in "abc"), done
+
+
+@pytest.mark.parametrize(("family", "width"), [(f, WIDTHS[i % len(WIDTHS)]) for i, f in enumerate(FAMILIES)])
+def test_tokens_of_the_engine(family: str, width: int) -> None:
+    """Scheduler, runner and sampler together: the greedy tokens, and the same with the prefix cache's pages."""
+    tokens, expected, prompt = golden_expected(family)
+    with small_blocks(8, 8):
+        programs = programs_of(family, width)
+        programs.compile_all()
+        runner = Runner(programs, load(programs, GOLDEN / family), max_model_len=56)
+        engine = Engine(runner, config=EngineConfig("none"))
+        greedy = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True, logprobs=3)
+        outputs = [serve(engine, {name: (prompt.tolist(), greedy)})[name] for name in ("first", "second")]
+    first, second = (output.outputs[0] for output in outputs)
+    assert [output.num_cached_tokens for output in outputs] == [0, 36]
+    assert first.token_ids == tokens[40:].tolist()
+    assert second.token_ids == first.token_ids
+    logprobs = expected[39:] - np.logaddexp.reduce(expected[39:].astype(np.float64), axis=1, keepdims=True)
+    for position, (one, other) in enumerate(zip(first.logprobs, second.logprobs, strict=True)):
+        best = np.argsort(-logprobs[position])[:3]
+        assert list(one) == list(other) == best.tolist()
+        for token in one:
+            assert one[token].logprob == pytest.approx(logprobs[position, token], abs=TOLERANCE)
+            assert other[token].logprob == pytest.approx(one[token].logprob, abs=1e-5)
+    engine.close()
