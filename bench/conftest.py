@@ -26,7 +26,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--tp", type=int, default=1, help="tensor-parallel size of this package's side")
     group.addoption("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of both sides")
     group.addoption("--runs", type=int, default=3, help="measured repetitions")
-    group.addoption("--hf-python", help="interpreter with torch and transformers; default: this one, if it has them")
+    group.addoption("--hf-python", help="one with torch and transformers; default: this, if it has them; '': none")
     group.addoption("--json", type=Path, default=ROOT / "bench" / "results", help="folder of the results")
     group.addoption("--smoke", action="store_true", help="tiny sizes, to see that the benchmarks run")
 
@@ -54,7 +54,7 @@ def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         vocab_size = export_hf_folder(option("--model"), Path(folder))
         bench = Bench(
-            settings, sizes, option("--runs"), option("--json").absolute(), Path(folder), vocab_size, hf_python
+            settings, sizes, option("--runs"), option("--json").absolute(), Path(folder), vocab_size, hf_python or None
         )
         request.config.stash[_bench] = bench
         yield bench
@@ -81,7 +81,7 @@ def start_settings(bench: Bench, side: str, longest: int) -> dict[str, object]:
         return {"model": str(bench.exported), "dtype": bench.settings["dtype"]}
     return {
         **bench.settings,
-        "max_num_seqs": bench.sizes.requests,
+        "max_num_seqs": bench.sizes.max_num_seqs,
         "max_num_batched_tokens": bench.sizes.max_num_batched_tokens,
         "num_pages": 1 + bench.sizes.requests * -(-longest // 16),
         "page_size": 16,

@@ -37,11 +37,12 @@ class Sizes:
     prefix: int = 512
     prefix_in: int = 32
     prefix_out: int = 16
+    max_num_seqs: int = 32
     max_num_batched_tokens: int = 512
     buffer_megabytes: int = 512
 
 
-SMOKE = Sizes(8, 8, 2, (8, 16), 8, 16, 8, 4, 16, 1)
+SMOKE = Sizes(8, 8, 2, (8, 16), 8, 16, 8, 4, 1, 16, 1)
 
 
 class WrongResult(AssertionError):
@@ -111,6 +112,7 @@ class Bench:
         exported: folder of the model's weights as transformers reads them.
         hf_python: interpreter of the other side; None leaves it out.
         tables: of all results, for the end of the run.
+        notes: how often the two sides' tokens met a tie, of how many requests, in the last `take_turns`.
     """
 
     settings: dict[str, Any]
@@ -121,6 +123,7 @@ class Bench:
     vocab_size: int
     hf_python: str | None
     tables: list[Table] = field(default_factory=list)
+    notes: dict[str, int] = field(default_factory=dict)
 
     def take_turns(
         self,
@@ -135,15 +138,17 @@ class Bench:
             WrongResult: the sides' greedy tokens differ.
         """
         results: dict[str, list[Figures]] = {side.name: [] for side in sides}
+        ties = 0
         for run in range(self.runs + 1):
             prompts = make_prompts(run)
             replies = {side.name: side.generate(prompts, max_tokens) for side in sides}
             if len(sides) == 2:
-                tokens = (replies[side.name]["tokens"] for side in sides)
-                compare_tokens(sides[1].worker, prompts, *tokens, self.settings["dtype"])
+                ours, others = (replies[side.name]["tokens"] for side in sides)
+                ties += compare_tokens(sides[1].worker, prompts, ours, others, self.settings["dtype"])
             if run:
                 for name, reply in replies.items():
                     results[name].append(measure(reply))
+        self.notes = {"ties": ties, "requests_compared": (self.runs + 1) * len(prompts)} if len(sides) == 2 else {}
         return results
 
     def record(self, name: str, sides: Sequence[Side], results: Mapping[str, list[Figures]], **more: Any) -> None:
@@ -162,6 +167,7 @@ class Bench:
             "ratio": ratio,
             "runs": results,
             **more,
+            **self.notes,
             **self.settings,
             "machine": describe_machine(),
             "versions": {k: v for side in sides for k, v in side.description["versions"].items()},
@@ -171,7 +177,8 @@ class Bench:
         }
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
-        notes = ", ".join(f"{key} {value:.4g}" for key, value in more.items())
+        notes = ", ".join(f"{key} {value:.4g}" for key, value in {**more, **self.notes}.items())
+        self.notes = {}
         table = Table("figure", *figures, *(["times better"] if ratio else []), title=name, caption=notes or None)
         for n in names:
             cells = [f"{values[n]:.4g}" for values in figures.values()]

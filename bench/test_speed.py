@@ -31,7 +31,7 @@ def test_single_stream(bench: Bench, sides: list[Side]) -> None:
 
 
 def test_batch(bench: Bench, sides: list[Side]) -> None:
-    """Requests of mixed lengths, the same ones in each repetition, that arrive together: tokens completed per second."""
+    """Requests of mixed lengths that arrive together: tokens completed per second."""
     (low, high), count, out = bench.sizes.batch_in, bench.sizes.requests, bench.sizes.batch_out
     lengths = [low + round((high - low) * i / (count - 1)) for i in range(count)]
 

@@ -22,12 +22,22 @@ MAX_PREFILLS = 8
 
 @dataclass(frozen=True, order=True)
 class Bucket:
-    """The padded sizes of a step: decode tokens, prompt tokens, prompt chunks and rows."""
+    """The padded sizes of a step.
+
+    Attributes:
+        decodes, prefill_tokens, prefills: decode tokens, prompt tokens, prompt chunks.
+        rows: rows whose logits are computed.
+        sampled_rows: rows of the sampler, which is made for fewer sizes; the logits are padded to it.
+    """
 
     decodes: int
     prefill_tokens: int
     prefills: int
     rows: int
+    sampled_rows: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sampled_rows", max(self.rows, self.sampled_rows))
 
     @property
     def tokens(self) -> int:
@@ -58,11 +68,17 @@ def bucket_ladder(max_num_seqs: int, max_prefill_tokens: int, *, smallest_decode
     chunks = [max_prefill_tokens]
     while chunks[0] > TILE:
         chunks.insert(0, max(chunks[0] // 4, TILE // 2))
-    ladder = [Bucket(d, 0, 0, d) for d in decodes]
+    prefills = min(MAX_PREFILLS, max_prefill_tokens)
+    # A sampler costs little beside a forward, and much beside it to compile: four sizes do.
+    sizes = sorted({1, max(prefills, min(8, max_num_seqs)), max_num_seqs, max_num_seqs + prefills})
+
+    def bucket(decodes: int, chunk: int, rows: int) -> Bucket:
+        return Bucket(decodes, chunk, prefills if chunk else 0, rows, next(size for size in sizes if size >= rows))
+
+    ladder = [bucket(d, 0, d) for d in decodes]
     for chunk in chunks:
-        prefills = min(MAX_PREFILLS, chunk)
-        ladder.append(Bucket(0, chunk, prefills, prefills))
-        ladder.append(Bucket(max_num_seqs, chunk, prefills, max_num_seqs + prefills))
+        ladder.append(bucket(0, chunk, prefills))
+        ladder.append(bucket(max_num_seqs, chunk, max_num_seqs + prefills))
     return sorted(set(ladder), key=lambda b: (b.tokens, b.rows))
 
 

@@ -55,7 +55,7 @@ class StepShapes:
 
     @property
     def max_rows(self) -> int:
-        return max(bucket.rows for bucket in self.buckets)
+        return max(bucket.sampled_rows for bucket in self.buckets)
 
     def layout(self, bucket: Bucket) -> StepLayout:
         return StepLayout(bucket, self.page_size, self.table_width)
@@ -118,14 +118,15 @@ class StepPrograms:
         layout = self.shapes.layout(bucket)
 
         def forward(params: Params, cache: KVCache, flat: jax.Array, previous: jax.Array) -> Any:
-            """Logits float32 [R, V] of the step's rows, and the cache."""
+            """Logits float32 [sampled_rows, V], those of the step's rows first, and the cache."""
             fields = layout.unpack(flat)
             decoder = self._decoder(params)
             # A negative id stands for the token that the previous step sampled at row -(id + 1).
             pending = jnp.take(previous, jnp.maximum(-fields["tokens"] - 1, 0), mode="clip")
             tokens = jnp.where(fields["tokens"] < 0, pending, fields["tokens"])
             hidden, cache = decoder(tokens, fields["positions"], cache, attention_plan(fields))
-            return decoder.logits(jnp.take(hidden, fields["row_tokens"], axis=0, mode="clip")), cache
+            logits = decoder.logits(jnp.take(hidden, fields["row_tokens"], axis=0, mode="clip"))
+            return jnp.pad(logits, ((0, bucket.sampled_rows - bucket.rows), (0, 0))), cache
 
         return forward
 
@@ -230,7 +231,7 @@ class StepPrograms:
         Args:
             progress: called with how many are done, and of how many.
         """
-        rows = sorted({bucket.rows for bucket in self.shapes.buckets})
+        rows = sorted({bucket.sampled_rows for bucket in self.shapes.buckets})
         jobs: list[tuple[dict[Any, Any], Any, Callable[[], jax.stages.Lowered]]] = []
         # The largest first, so that none of them is left alone at the end.
         for bucket in sorted(self.shapes.buckets, reverse=True, key=lambda b: b.tokens):

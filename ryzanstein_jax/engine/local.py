@@ -97,7 +97,7 @@ class LocalExecutor:
 
         began = time.perf_counter()
         buckets = bucket_ladder(config.max_num_seqs, min(config.max_num_batched_tokens, max_model_len))
-        max_rows = max(bucket.rows for bucket in buckets)
+        max_rows = max(bucket.sampled_rows for bucket in buckets)
         shapes = StepShapes(
             buckets=tuple(buckets),
             # As few pages as there can be until it is known how many fit.

@@ -33,7 +33,7 @@ class Runner:
         self._cache = KVCache.zeros(programs.cache_shapes)
         self._previous: jax.Array | np.ndarray = np.zeros(shapes.max_rows, np.int32)
         self._layouts: dict[Bucket, StepLayout] = {bucket: shapes.layout(bucket) for bucket in shapes.buckets}
-        rows = {bucket.rows for bucket in shapes.buckets}
+        rows = {bucket.sampled_rows for bucket in shapes.buckets}
         self._row_layouts: dict[int, RowLayout] = {count: RowLayout(count) for count in rows}
         self._full_layouts: dict[int, FullRowLayout] = {count: shapes.full_layout(count) for count in rows}
         self._allow_all = {
@@ -62,12 +62,12 @@ class Runner:
             logits, self._cache = programs.forwards[bucket](self._params, self._cache, flat, self._previous)
             result = None
             if plan.full:
-                rows = self._full_layouts[bucket.rows].pack(plan)
-                tokens, result = programs.full_samplers[bucket.rows](
-                    logits, rows, self._cache.tokens, self._mask(plan, bucket.rows)
+                rows = self._full_layouts[bucket.sampled_rows].pack(plan)
+                tokens, result = programs.full_samplers[bucket.sampled_rows](
+                    logits, rows, self._cache.tokens, self._mask(plan, bucket.sampled_rows)
                 )
             else:
-                tokens = programs.samplers[bucket.rows](logits, self._row_layouts[bucket.rows].pack(plan))
+                tokens = programs.samplers[bucket.sampled_rows](logits, self._row_layouts[bucket.sampled_rows].pack(plan))
             for array in (tokens, *(result or ())):
                 array.copy_to_host_async()
         self._previous = tokens

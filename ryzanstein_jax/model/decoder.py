@@ -165,7 +165,8 @@ class Decoder(nnx.Module):
         if self.spec.embedding_scale != 1.0:
             # Rounded to the weights' dtype, as the published models were trained.
             x_TD = x_TD * jnp.asarray(self.spec.embedding_scale, x_TD.dtype)
-        ropes = [rope_tables(rope, positions_T) for rope in self.spec.ropes]
+        # The barrier keeps XLA from computing every cosine again in each layer, for each head.
+        ropes = jax.lax.optimization_barrier([rope_tables(rope, positions_T) for rope in self.spec.ropes])
         keys, values = [], []
         for index, (module, layer) in enumerate(zip(self.layers, self.spec.layers, strict=True)):
             with jax.named_scope(f"layer_{index}"):
