@@ -6,6 +6,7 @@ import json
 import math
 import random
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -14,7 +15,7 @@ from typing import Any
 
 from rich.table import Table
 
-from bench.machine import commit, describe_machine
+from bench.machine import commit, describe_machine, num_cores, other_cpu_seconds
 from bench.protocol import Worker
 
 Figures = dict[str, float]
@@ -112,7 +113,8 @@ class Bench:
         exported: folder of the model's weights as transformers reads them.
         hf_python: interpreter of the other side; None leaves it out.
         tables: of all results, for the end of the run.
-        notes: how often the two sides' tokens met a tie, of how many requests, in the last `take_turns`.
+        notes: of the last `take_turns`: what other processes took of the CPUs, and ties between the two sides' tokens.
+        commit: of the checkout when the run began; see `machine.commit`.
     """
 
     settings: dict[str, Any]
@@ -123,7 +125,8 @@ class Bench:
     vocab_size: int
     hf_python: str | None
     tables: list[Table] = field(default_factory=list)
-    notes: dict[str, int] = field(default_factory=dict)
+    notes: dict[str, float] = field(default_factory=dict)
+    commit: str = field(default_factory=commit)
 
     def take_turns(
         self,
@@ -138,7 +141,7 @@ class Bench:
             WrongResult: the sides' greedy tokens differ.
         """
         results: dict[str, list[Figures]] = {side.name: [] for side in sides}
-        ties = 0
+        ties, began, others = 0, time.perf_counter(), other_cpu_seconds()
         for run in range(self.runs + 1):
             prompts = make_prompts(run)
             replies = {side.name: side.generate(prompts, max_tokens) for side in sides}
@@ -148,7 +151,11 @@ class Bench:
             if run:
                 for name, reply in replies.items():
                     results[name].append(measure(reply))
-        self.notes = {"ties": ties, "requests_compared": (self.runs + 1) * len(prompts)} if len(sides) == 2 else {}
+        # What else ran at the time: results of a busy machine mean little.
+        share = (other_cpu_seconds() - others) / (time.perf_counter() - began) / num_cores()
+        self.notes = {"cpu_share_of_others": round(max(share, 0.0), 3)}
+        if len(sides) == 2:
+            self.notes |= {"ties": ties, "requests_compared": (self.runs + 1) * len(prompts)}
         return results
 
     def record(self, name: str, sides: Sequence[Side], results: Mapping[str, list[Figures]], **more: Any) -> None:
@@ -172,7 +179,7 @@ class Bench:
             "machine": describe_machine(),
             "versions": {k: v for side in sides for k, v in side.description["versions"].items()},
             "devices": {side.name: side.description["device"] for side in sides},
-            "commit": commit(),
+            "commit": self.commit,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -38,6 +38,14 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def other_cpu_seconds() -> float:
+    """CPU seconds that everything but this process and its living children has used since the machine started."""
+    busy = psutil.cpu_times()
+    own = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    ours = sum(sum(process.cpu_times()[:2]) for process in own)
+    return busy.user + busy.nice + busy.system + getattr(busy, "steal", 0.0) - ours
+
+
 def commit() -> str:
     """The checkout's commit, with "+" where files differ from it; "" outside a checkout."""
 

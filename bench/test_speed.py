@@ -14,7 +14,12 @@ def test_single_stream(bench: Bench, sides: list[Side]) -> None:
     # Each token reads every weight once, and the keys and values of what is before it.
     about = sides[0].description
     bytes_per_token = about["weight_bytes"] + about["kv_bytes_per_token"] * (length + out / 2)
-    bandwidth = read_bandwidth(bench.sizes.buffer_megabytes)
+    bandwidth = 0.0
+
+    def make_prompts(run: int) -> list[list[int]]:
+        nonlocal bandwidth
+        bandwidth = read_bandwidth(bench.sizes.buffer_megabytes)  # again for each pair: it drifts with the machine
+        return draw([length], bench.vocab_size, run)
 
     def measure(reply: dict[str, Any]) -> Figures:
         first = reply["first_token_seconds"]
@@ -26,7 +31,7 @@ def test_single_stream(bench: Bench, sides: list[Side]) -> None:
             "share_of_bandwidth": speed * bytes_per_token / bandwidth,
         }
 
-    results = bench.take_turns(sides, lambda run: draw([length], bench.vocab_size, run), out, measure)
+    results = bench.take_turns(sides, make_prompts, out, measure)
     bench.record("single_stream", sides, results, read_bandwidth_gb_per_s=bandwidth / 1e9)
 
 

@@ -58,8 +58,8 @@ class Bucket:
 def bucket_ladder(max_num_seqs: int, max_prefill_tokens: int, *, smallest_decode: int = 1) -> list[Bucket]:
     """All shapes of an engine, each cheaper one before those that could stand in for it.
 
-    Decode alone doubles from `smallest_decode` up; prompt tokens go up by four, each alone and
-    together with a full set of decodes.
+    Decode alone doubles from `smallest_decode` up; prompt tokens go up by four, each together with a full
+    set of decodes, and alone too where that is much cheaper.
     """
     decodes = [smallest_decode]
     while decodes[-1] < max_num_seqs:
@@ -77,7 +77,8 @@ def bucket_ladder(max_num_seqs: int, max_prefill_tokens: int, *, smallest_decode
 
     ladder = [bucket(d, 0, d) for d in decodes]
     for chunk in chunks:
-        ladder.append(bucket(0, chunk, prefills))
+        if max_num_seqs > chunk // 8:  # else the unused decode tokens cost next to nothing
+            ladder.append(bucket(0, chunk, prefills))
         ladder.append(bucket(max_num_seqs, chunk, max_num_seqs + prefills))
     return sorted(set(ladder), key=lambda b: (b.tokens, b.rows))
 

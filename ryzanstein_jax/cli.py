@@ -28,6 +28,7 @@ Width = Annotated[int, typer.Option("--tensor-parallel-size", "--tp", "-t", help
 Dtype = Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")]
 LoadFormat = Annotated[str, typer.Option(help=f"One of {', '.join(LOAD_FORMATS)}.")]
 MaxLen = Annotated[int | None, typer.Option("--max-model-len", help="Longest prompt and completion, in tokens.")]
+MaxSeqs = Annotated[int | None, typer.Option("--max-num-seqs", help="Most sequences in a step.")]
 Fraction = Annotated[float | None, typer.Option("--memory-fraction", help="Share of each device's memory.")]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", "-n", help="Longest completion, in tokens.")]
 Temperature = Annotated[float | None, typer.Option(help="0 is greedy; the model's own if not given.")]
@@ -74,6 +75,7 @@ def generate(
     dtype: Dtype = "auto",
     max_model_len: MaxLen = None,
     memory_fraction: Fraction = None,
+    max_num_seqs: MaxSeqs = None,
     load_format: LoadFormat = "auto",
 ) -> None:
     """Completes prompts, all in one batch, and prints the completions in order."""
@@ -83,7 +85,9 @@ def generate(
         prompts += [line for line in text.splitlines() if line]
     if not prompts:
         raise ConfigError("prompt", None, "give --prompt or --file")
-    settings = _settings(tp, dtype, max_model_len, memory_fraction, load_format=load_format)
+    # Programs are compiled for as many sequences as there can be.
+    seqs = max_num_seqs or min(len(prompts), 32)
+    settings = _settings(tp, dtype, max_model_len, memory_fraction, load_format=load_format, max_num_seqs=seqs)
     with LLM(model, **settings) as llm:
         params = _params(llm, max_tokens, temperature=temperature, top_p=top_p, seed=seed)
         for output in llm.generate(prompts, params):

@@ -1,5 +1,7 @@
 """Every family, at every width, gives the logits and tokens that transformers gave (see `golden/README.md`)."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 
@@ -8,9 +10,11 @@ from ryzanstein_jax.config import EngineConfig
 from ryzanstein_jax.engine.engine import Engine
 from ryzanstein_jax.engine.runner import Runner
 from ryzanstein_jax.request import SamplingParams
+from ryzanstein_jax.step import StepPrograms
 from tests.support import (
     FAMILIES,
     GOLDEN,
+    QUICK,
     WIDTHS,
     Forward,
     golden_expected,
@@ -43,18 +47,24 @@ DECODES = ["abc", "cb", "a", "cba", "bxa"]
 SHARED = 12  # tokens of "c" that were found in the prefix cache
 
 
-def programs_of(family: str, width: int):
+def programs_of(family: str, width: int) -> StepPrograms:
     return make_programs(
         golden_spec(family), width, BUCKET, num_pages=NUM_PAGES, page_size=PAGE_SIZE, table_width=56 // PAGE_SIZE
     )
 
 
-@pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits(family: str, width: int) -> None:
-    with small_blocks(8, 8):
+def test_family(family: str) -> None:
+    def build(width: int) -> tuple[StepPrograms, Forward]:
         programs = programs_of(family, width)
-        run_script(family, Forward(programs, load(programs, GOLDEN / family)))
+        return programs, Forward(programs, load(programs, GOLDEN / family))
+
+    with small_blocks(8, 8):
+        with ThreadPoolExecutor(2) as pool:
+            built = dict(zip(WIDTHS, pool.map(build, WIDTHS), strict=True))
+        for _, forward in built.values():
+            run_script(family, forward)
+        run_engine(family, *built[WIDTHS[FAMILIES.index(family) % len(WIDTHS)]])
 
 
 def run_script(family: str, forward: Forward) -> None:
@@ -93,17 +103,13 @@ def run_script(family: str, forward: Forward) -> None:
     assert all(done[name] == len(expected) for name in "abc"), done
 
 
-@pytest.mark.parametrize(("family", "width"), [(f, WIDTHS[i % len(WIDTHS)]) for i, f in enumerate(FAMILIES)])
-def test_tokens_of_the_engine(family: str, width: int) -> None:
+def run_engine(family: str, programs: StepPrograms, forward: Forward) -> None:
     """Scheduler, runner and sampler together: the greedy tokens, and the same with the prefix cache's pages."""
     tokens, expected, prompt = golden_expected(family)
-    with small_blocks(8, 8):
-        programs = programs_of(family, width)
-        programs.compile_all()
-        runner = Runner(programs, load(programs, GOLDEN / family), max_model_len=56)
-        engine = Engine(runner, config=EngineConfig("none"))
-        greedy = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True, logprobs=3)
-        outputs = [serve(engine, {name: (prompt.tolist(), greedy)})[name] for name in ("first", "second")]
+    programs.full_samplers[BUCKET.rows] = programs.lower_full_sample(BUCKET.rows).compile(compiler_options=QUICK)
+    engine = Engine(Runner(programs, forward.params, max_model_len=56), config=EngineConfig("none"))
+    greedy = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True, logprobs=3)
+    outputs = [serve(engine, {name: (prompt.tolist(), greedy)})[name] for name in ("first", "second")]
     first, second = (output.outputs[0] for output in outputs)
     assert [output.num_cached_tokens for output in outputs] == [0, 36]
     assert first.token_ids == tokens[40:].tolist()

@@ -67,7 +67,9 @@ class Runner:
                     logits, rows, self._cache.tokens, self._mask(plan, bucket.sampled_rows)
                 )
             else:
-                tokens = programs.samplers[bucket.sampled_rows](logits, self._row_layouts[bucket.sampled_rows].pack(plan))
+                tokens = programs.samplers[bucket.sampled_rows](
+                    logits, self._row_layouts[bucket.sampled_rows].pack(plan)
+                )
             for array in (tokens, *(result or ())):
                 array.copy_to_host_async()
         self._previous = tokens
