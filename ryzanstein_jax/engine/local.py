@@ -142,6 +142,8 @@ class LocalExecutor:
             progress("loading weights", 0, 1)
             params, load, load_seconds = loading.result()
             progress("loading weights", 1, 1)
+        if device.platform == "cpu":
+            _settle_host_memory()
         self._programs = programs
         self._runner = Runner(programs, params, max_model_len=max_model_len)
         self.limits = self._runner.limits
@@ -220,12 +222,10 @@ def prepare_process(config: EngineConfig) -> None:
         jax.config.update("jax_compilation_cache_dir", folder)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    if jax.default_backend() == "cpu":
-        _keep_freed_memory()
 
 
-def _keep_freed_memory() -> None:
-    """Has glibc reuse large blocks instead of returning them to the system.
+def _settle_host_memory() -> None:
+    """Returns what compiling and loading left, and from now on has glibc reuse large blocks.
 
     XLA allocates a program's temporaries anew for each run. Returned each time, every page of them
     costs a page fault: reading the KV cache measured two to six times slower.
@@ -233,6 +233,7 @@ def _keep_freed_memory() -> None:
     m_trim_threshold, m_top_pad, m_mmap_threshold = -1, -2, -3
     with contextlib.suppress(OSError, AttributeError):  # another C library
         libc = ctypes.CDLL(None)
+        libc.malloc_trim(0)
         libc.mallopt(m_mmap_threshold, 1 << 30)
         libc.mallopt(m_trim_threshold, 1 << 30)
         libc.mallopt(m_top_pad, 64 << 20)
