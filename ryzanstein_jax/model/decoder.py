@@ -6,6 +6,8 @@ R rows, V vocab.
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -170,7 +172,10 @@ class Decoder(nnx.Module):
         keys, values = [], []
         for index, (module, layer) in enumerate(zip(self.layers, self.spec.layers, strict=True)):
             with jax.named_scope(f"layer_{index}"):
-                x_TD, k, v = module(x_TD, cache.keys[index], cache.values[index], plan, ropes[layer.rope])
+                graph, state = nnx.split(module)
+                x_TD, k, v = _run_layer(
+                    graph, state, x_TD, cache.keys[index], cache.values[index], plan, ropes[layer.rope]
+                )
             keys.append(k)
             values.append(v)
         page_size = cache.tokens.shape[1]
@@ -184,6 +189,20 @@ class Decoder(nnx.Module):
         if self.spec.logits_softcap is not None:
             logits_RV = self.spec.logits_softcap * jnp.tanh(logits_RV / self.spec.logits_softcap)
         return logits_RV
+
+
+@partial(jax.jit, static_argnums=0)
+def _run_layer(
+    graph: nnx.GraphDef[DecoderLayer],
+    state: nnx.State,
+    x_TD: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    plan: AttentionPlan,
+    rope: Rope,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """One layer as a function of its own: alike layers are traced once, which makes starting several times faster."""
+    return nnx.merge(graph, state)(x_TD, keys, values, plan, rope)
 
 
 def _apply(norm: RMSNorm | None, x_TD: jax.Array) -> jax.Array:
