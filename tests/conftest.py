@@ -10,6 +10,8 @@ from ryzanstein_jax.checkpoint.default_model import default_model_path
 # JAX reads these when it is first imported, which no line above does: eight CPU devices stand for eight GPUs.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
+# Half the time of these tests would go into LLVM's optimizations: `make demo` and the benchmarks run with all of them.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
 # A test that reaches for a model hub fails at once, with or without a network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
