@@ -141,18 +141,18 @@ class Bench:
             WrongResult: the sides' greedy tokens differ.
         """
         results: dict[str, list[Figures]] = {side.name: [] for side in sides}
-        ties, began, others = 0, time.perf_counter(), other_cpu_seconds()
+        ties, began, others_before = 0, time.perf_counter(), other_cpu_seconds()
         for run in range(self.runs + 1):
             prompts = make_prompts(run)
             replies = {side.name: side.generate(prompts, max_tokens) for side in sides}
             if len(sides) == 2:
-                ours, others = (replies[side.name]["tokens"] for side in sides)
-                ties += compare_tokens(sides[1].worker, prompts, ours, others, self.settings["dtype"])
+                ours, theirs = (replies[side.name]["tokens"] for side in sides)
+                ties += compare_tokens(sides[1].worker, prompts, ours, theirs, self.settings["dtype"])
             if run:
                 for name, reply in replies.items():
                     results[name].append(measure(reply))
         # What else ran at the time: results of a busy machine mean little.
-        share = (other_cpu_seconds() - others) / (time.perf_counter() - began) / num_cores()
+        share = (other_cpu_seconds() - others_before) / (time.perf_counter() - began) / num_cores()
         self.notes = {"cpu_share_of_others": round(max(share, 0.0), 3)}
         if len(sides) == 2:
             self.notes |= {"ties": ties, "requests_compared": (self.runs + 1) * len(prompts)}

@@ -31,7 +31,7 @@ PAGE_SIZE, NUM_PAGES = 4, 64
 #: One bucket for a whole script: a second program would double what this file costs.
 BUCKET = Bucket(decodes=3, prefill_tokens=40, prefills=4, rows=43)
 
-#: A script of steps. Sequences "a", "b" and "c" are the golden one, "x" is noise; "c" begins with pages that "a" filled.
+#: A script of steps. Sequences "a", "b" and "c" are the golden one, "x" is noise; "c" begins with pages of "a".
 #: Each step: which sequences decode a token, and whose prompt gets how many. Pages hold 4 tokens, tiles and
 #: blocks 8: chunks end inside all of them, cross them, and are as short as one token.
 SCRIPT: list[tuple[str, dict[str, int]]] = [

@@ -160,7 +160,7 @@ def test_async_requests_run_together_and_may_be_cancelled(golden):
             with pytest.raises(RequestError, match="prompt"):
                 await model.generate([], GREEDY)
             pieces = [chunk.token_ids async for chunk in model.stream(prompt, GREEDY)]
-            assert sum(pieces, []) == generated[:8]
+            assert [token for piece in pieces for token in piece] == generated[:8]
             waiting = asyncio.create_task(model.generate(prompt, long))
             await asyncio.sleep(0)
             return model, waiting

@@ -17,7 +17,7 @@ from ryzanstein_jax.engine.open import open_model
 from ryzanstein_jax.engine.runner import Runner
 from ryzanstein_jax.request import SamplingParams
 from ryzanstein_jax.step import StepPrograms
-from tests.support import GOLDEN, load, make_programs, open_engine, serve, tokens_of
+from tests.support import GOLDEN, load, make_programs, open_engine, quick_compiles, serve, tokens_of
 
 REFERENCE = json.loads((Path(__file__).parent / "data" / "smollm2_greedy.json").read_text())
 BUCKET = Bucket(decodes=10, prefill_tokens=64, prefills=8, rows=18)
@@ -47,19 +47,7 @@ def test_greedy_tokens_are_those_of_transformers(smollm2_path: Path, width: int)
     outputs = serve(engine, {entry["prompt"]: (entry["prompt_token_ids"], GREEDY) for entry in REFERENCE})
     for entry in REFERENCE:
         assert outputs[entry["prompt"]].outputs[0].token_ids == entry["token_ids"], entry["prompt"]
-    if width == 1:
-        check_long_request(engine)
     engine.close()
-
-
-def check_long_request(engine: Engine) -> None:
-    """Fills the sequence up to the model length; what it says begins as in the reference."""
-    entry = REFERENCE[0]
-    params = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
-    completion = serve(engine, {"long": (entry["prompt_token_ids"], params)})["long"].outputs[0]
-    assert completion.finish_reason == "length"
-    assert len(entry["prompt_token_ids"]) + len(completion.token_ids) == 128
-    assert completion.token_ids[:32] == entry["token_ids"]
 
 
 def test_reference_is_what_our_tokenizer_makes_of_the_prompts(smollm2_path: Path) -> None:
@@ -70,13 +58,16 @@ def test_reference_is_what_our_tokenizer_makes_of_the_prompts(smollm2_path: Path
         assert len(entry["token_ids"]) == 32 and entry["margin"] >= 0.02
 
 
-@pytest.mark.slow
-def test_two_thousand_tokens_in_one_request(smollm2_path: Path) -> None:
-    engine = real_engine(smollm2_path, 1, bucket=Bucket(1, 16, 1, 2), max_model_len=2304)
+@pytest.mark.parametrize("length", [600, pytest.param(2000, marks=pytest.mark.slow)])
+def test_a_long_request(smollm2_path: Path, length: int) -> None:
+    """Over many pages and blocks, to the model length that was set; it begins as in the reference."""
     entry = REFERENCE[0]
-    params = SamplingParams(temperature=0, max_tokens=2000, ignore_eos=True)
+    longest = len(entry["prompt_token_ids"]) + length
+    engine = real_engine(smollm2_path, 1, bucket=Bucket(1, 16, 1, 2), max_model_len=longest)
+    params = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
     completion = serve(engine, {"long": (entry["prompt_token_ids"], params)})["long"].outputs[0]
-    assert len(completion.token_ids) == 2000 and completion.token_ids[:32] == entry["token_ids"]
+    assert completion.finish_reason == "length"
+    assert len(completion.token_ids) == length and completion.token_ids[:32] == entry["token_ids"]
     engine.close()
 
 
@@ -113,7 +104,8 @@ def check_many(engine: Engine, requests: dict[str, tuple[list[int], SamplingPara
 
 
 def test_five_hundred_requests_on_a_tiny_model() -> None:
-    engine, executor = open_engine(GOLDEN / "smollm2", max_num_seqs=8, max_num_batched_tokens=32, num_pages=40)
+    with quick_compiles():
+        engine, executor = open_engine(GOLDEN / "smollm2", max_num_seqs=4, max_num_batched_tokens=32, num_pages=24)
     check_many(engine, mixed_requests(500, executor.limits.vocab_size, longest=40))
     stats = engine.stats()
     assert stats.num_pages_used == 0 and stats.num_prefix_hits > 0
