@@ -24,21 +24,22 @@ BUCKET = Bucket(decodes=10, prefill_tokens=64, prefills=8, rows=18)
 GREEDY = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True)
 
 
-def real_engine(path: Path, width: int, *, bucket: Bucket = BUCKET, max_model_len: int = 128) -> Engine:
-    """An engine with one bucket: a ladder takes long to compile for 30 layers, and is tested elsewhere."""
+def real_engine(path: Path, width: int, *buckets: Bucket, max_model_len: int = 128) -> Engine:
+    """An engine with one bucket or few: a ladder takes long to compile for 30 layers, and is tested elsewhere."""
     opened = open_model(EngineConfig(str(path)))
     table_width = -(-max_model_len // 16)
-    pages = max(bucket.decodes, 1) * table_width + 1
-    programs = make_programs(opened.spec, width, bucket, page_size=16, num_pages=pages, table_width=table_width)
+    buckets = buckets or (BUCKET,)
+    pages = max(bucket.decodes for bucket in buckets) * table_width + 1
+    programs = make_programs(opened.spec, width, *buckets, page_size=16, num_pages=pages, table_width=table_width)
     compile_plain(programs)
     return Engine(Runner(programs, load(programs, path), max_model_len=max_model_len), config=EngineConfig("none"))
 
 
 def compile_plain(programs: StepPrograms) -> None:
     """Only what greedy requests without log-probabilities run."""
-    (bucket,) = programs.shapes.buckets
-    programs.forwards[bucket] = programs.lower_forward(bucket).compile()
-    programs.samplers[bucket.rows] = programs.lower_sample(bucket.rows).compile()
+    for bucket in programs.shapes.buckets:
+        programs.forwards[bucket] = programs.lower_forward(bucket).compile()
+        programs.samplers[bucket.sampled_rows] = programs.lower_sample(bucket.sampled_rows).compile()
 
 
 @pytest.mark.parametrize("width", [1, 2, 4, 8])
@@ -63,7 +64,8 @@ def test_a_long_request(smollm2_path: Path, length: int) -> None:
     """Over many pages and blocks, to the model length that was set; it begins as in the reference."""
     entry = REFERENCE[0]
     longest = len(entry["prompt_token_ids"]) + length
-    engine = real_engine(smollm2_path, 1, bucket=Bucket(1, 16, 1, 2), max_model_len=longest)
+    buckets = Bucket(1, 0, 0, 1, sampled_rows=2), Bucket(1, 16, 1, 2)  # a prompt of 16 tokens at most, then one by one
+    engine = real_engine(smollm2_path, 1, *buckets, max_model_len=longest)
     params = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
     completion = serve(engine, {"long": (entry["prompt_token_ids"], params)})["long"].outputs[0]
     assert completion.finish_reason == "length"
