@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -72,7 +73,7 @@ def make_recipes(
     return recipes
 
 
-class _Book:
+class _Book(ABC):
     """Looks tensors up, checks their shape and remembers which were used."""
 
     def __init__(self, source: WeightSource):
@@ -94,8 +95,9 @@ class _Book:
         self.used.add(name)
         return name
 
+    @abstractmethod
     def parts(self, path: str, layout: Layout) -> Iterator[Part]:
-        raise NotImplementedError(path, layout)
+        """The boxes that make up one parameter."""
 
     def harmless(self, name: str) -> bool:
         return False
