@@ -226,7 +226,7 @@ class StepPrograms:
         return stack
 
     def compile_all(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
-        """Compiles every program, several at a time.
+        """Compiles every program that is not there yet, several at a time.
 
         Args:
             progress: called with how many are done, and of how many.
@@ -243,7 +243,8 @@ class StepPrograms:
         progress(0, len(jobs))
 
         def compile_one(table: dict[Any, Any], key: Any, lower: Callable[[], jax.stages.Lowered]) -> None:
-            table[key] = lower().compile()
+            if key not in table:
+                table[key] = lower().compile()
             self.metrics.count("compiles")
 
         with ThreadPoolExecutor(max_workers=max(2, min(16, os.cpu_count() or 1))) as pool:

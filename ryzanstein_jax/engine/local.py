@@ -113,7 +113,8 @@ class LocalExecutor:
 
         programs = make_programs(shapes)
         progress("measuring memory", 0, 1)
-        probe = memory_analysis(programs.lower_forward(buckets[-1]).compile())
+        largest = programs.lower_forward(buckets[-1]).compile()
+        probe = memory_analysis(largest)
         progress("measuring memory", 1, 1)
         fraction = config.memory_fraction or (0.25 if device.platform == "cpu" else 0.9)
         memory = plan_memory(
@@ -131,7 +132,9 @@ class LocalExecutor:
             max_num_seqs=config.max_num_seqs,
             num_pages=config.num_pages,
         )
-        if config.num_pages is None:
+        if config.num_pages is not None:
+            programs.forwards[buckets[-1]] = largest  # measured at its real size already
+        else:
             shapes = StepShapes(**{**vars(shapes), "num_pages": memory.num_pages})
             programs = make_programs(shapes)
 
