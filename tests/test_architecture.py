@@ -79,6 +79,10 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "collectives",
         "planner",
         "orchestrator",
+        "orchestrator.events",
+        "orchestrator.run_folder",
+        "orchestrator.logs",
+        "orchestrator.output",
         "orchestrator.process_group",
         "orchestrator.resources",
         "orchestrator.health",
@@ -100,6 +104,11 @@ WITHOUT_JAX = (
     "checkpoint.gguf_metadata",
     "checkpoint.gguf_tokenizer",
     *(name for name in FLOORS[3] if name not in ("engine.runner", "engine.local")),
+    "orchestrator",
+    "orchestrator.events",
+    "orchestrator.run_folder",
+    "orchestrator.logs",
+    "orchestrator.output",
 )
 JAX_PACKAGES = {"jax", "jaxlib", "flax", "orbax", "optax", "chex"}
 
