@@ -53,9 +53,7 @@ class KVCache(NamedTuple):
 
 def bytes_per_page(spec: ModelSpec, sizes: PaddedSizes, page_size: int, dtype: jnp.dtype) -> int:
     """Bytes that one page of all layers takes on one device."""
-    slots = sizes.heads.num_slots // sizes.width
-    itemsize = jnp.dtype(dtype).itemsize
-    return 2 * spec.num_layers * slots * page_size * spec.head_dim * itemsize + 4 * page_size
+    return sizes.page_bytes(spec, page_size, jnp.dtype(dtype).itemsize)
 
 
 def write(pages: jax.Array, new_TKH: jax.Array, slots_T: jax.Array) -> jax.Array:

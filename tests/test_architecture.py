@@ -24,9 +24,11 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     (
         "model",
         "model.spec",
+        "model.sizes",
         "model.config_fields",
         "model.rope",
         "model.families",
+        "budget",
         "sharding",
         "model.layers",
         "model.params",
@@ -98,6 +100,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 WITHOUT_JAX = (
     *FLOORS[0],
     "model.spec",
+    "model.sizes",
+    "budget",
     "model.config_fields",
     "model.families",
     "checkpoint.default_model",

@@ -10,6 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ryzanstein_jax.batch import Bucket
+from ryzanstein_jax.budget import resolve_dtype
+from ryzanstein_jax.config import DTYPES
 from ryzanstein_jax.errors import MemoryBudgetError
 from ryzanstein_jax.kv_cache import bytes_per_page
 from ryzanstein_jax.memory import MemoryPlan, device_bytes, footprint, host_peak_bytes, plan_memory, weight_bytes
@@ -73,6 +75,27 @@ def test_bytes_are_those_of_the_arrays(family, width):
     assert print_of_width.padding >= 0
     if width == 1:
         assert print_of_width.weights == spec.num_parameters() and print_of_width.padding == 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_sum_without_jax_is_that_of_the_arrays(family):
+    """The leader counts with a formula, the ranks with the arrays' shapes: they have to agree to the byte."""
+    spec = golden_spec(family)
+    variants = [spec, spec.replace(qkv_bias=True, out_bias=True, mlp_bias=True, tie_embeddings=not spec.tie_embeddings)]
+    for variant in variants:
+        for width in range(1, 9):
+            sizes, truth = PaddedSizes.of(variant, width), footprint(variant, width)
+            assert sizes.parameters_per_device(variant) == truth.weights
+            for dtype in (F32, jnp.dtype("bfloat16")):
+                page = sizes.page_bytes(variant, 16, dtype.itemsize)
+                assert page == 16 * (truth.kv_values * dtype.itemsize + 4)
+
+
+def test_dtypes_are_those_of_jax():
+    for name in DTYPES[1:]:
+        assert resolve_dtype(name, "float32", "gpu") == jnp.dtype(name)
+    assert resolve_dtype("auto", "bfloat16", "gpu") == jnp.bfloat16
+    assert resolve_dtype("auto", "bfloat16", "cpu") == F32
 
 
 def test_an_exact_number_of_pages():

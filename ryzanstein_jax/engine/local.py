@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 
 from ryzanstein_jax.batch import bucket_ladder
+from ryzanstein_jax.budget import resolve_dtype, resolve_fraction
 from ryzanstein_jax.cache import cache_dir
 from ryzanstein_jax.checkpoint.assemble import LoadReport, load_params
 from ryzanstein_jax.checkpoint.dummy import dummy_params
@@ -21,7 +22,7 @@ from ryzanstein_jax.checkpoint.files import ModelFiles, open_source
 from ryzanstein_jax.checkpoint.snapshot_writer import save_snapshot
 from ryzanstein_jax.config import EngineConfig
 from ryzanstein_jax.engine.open import open_model, save_tokenizer
-from ryzanstein_jax.engine.runner import Runner, resolve_dtype
+from ryzanstein_jax.engine.runner import Runner
 from ryzanstein_jax.memory import MemoryPlan, device_bytes, memory_analysis, plan_memory, weight_bytes
 from ryzanstein_jax.metrics import Metrics
 from ryzanstein_jax.model.decoder import Decoder
@@ -116,13 +117,12 @@ class LocalExecutor:
         largest = programs.lower_forward(buckets[-1]).compile()
         probe = memory_analysis(largest)
         progress("measuring memory", 1, 1)
-        fraction = config.memory_fraction or (0.25 if device.platform == "cpu" else 0.9)
         memory = plan_memory(
             spec=spec,
             sizes=sizes,
             dtype=dtype,
             total=device_bytes(len(jax.local_devices()), device),
-            memory_fraction=fraction,
+            memory_fraction=resolve_fraction(config.memory_fraction, device.platform),
             weights=weight_bytes(programs.param_shapes),
             temporaries=probe.temp_size_in_bytes,
             # Of two steps, and copies made whole for the sampler.

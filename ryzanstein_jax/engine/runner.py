@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import deque
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ryzanstein_jax.batch import Bucket, FullRowLayout, RowLayout, StepLayout
@@ -118,10 +117,3 @@ class Runner:
             if not array.is_deleted():
                 array.delete()
         self._params = ()
-
-
-def resolve_dtype(dtype: str, checkpoint_dtype: str, platform: str) -> jnp.dtype:
-    """The dtype that "auto" stands for: the checkpoint's, but float32 on a CPU."""
-    if dtype != "auto":
-        return jnp.dtype(dtype)
-    return jnp.dtype("float32" if platform == "cpu" else checkpoint_dtype)

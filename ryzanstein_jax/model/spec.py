@@ -84,18 +84,28 @@ class ModelSpec:
 
     def num_parameters(self) -> int:
         """Parameters of the model itself, without the padding that sharding may add."""
-        d, q, k, h = self.hidden_size, self.num_heads, self.num_kv_heads, self.head_dim
+        return self.count_parameters(
+            vocab=self.vocab_size,
+            query_heads=self.num_heads,
+            kv_heads=self.num_kv_heads,
+            ffn=self.intermediate_size,
+            experts=self.moe.num_experts if self.moe else 0,
+        )
+
+    def count_parameters(self, *, vocab: int, query_heads: int, kv_heads: int, ffn: int, experts: int) -> int:
+        """Parameters if the dimensions that a mesh shards had these sizes: those of one device, for example."""
+        d, q, k, h = self.hidden_size, query_heads, kv_heads, self.head_dim
         attention = d * (q + 2 * k) * h + q * h * d
         attention += (q + 2 * k) * h * self.qkv_bias + d * self.out_bias
         attention += {None: 0, "head": 2 * h, "all": (q + k) * h}[self.qk_norm]
         norms = d * (4 if self.norms == "both" else 2)
-        total = (1 if self.tie_embeddings else 2) * self.vocab_size * d + d
+        total = (1 if self.tie_embeddings else 2) * vocab * d + d
         for layer in self.layers:
             total += attention + norms
             if layer.moe:
                 assert self.moe is not None
-                total += self.moe.num_experts * (d + 3 * d * self.moe.intermediate_size)
+                # The router is not sharded: every device routes to all experts.
+                total += self.moe.num_experts * d + experts * 3 * d * self.moe.intermediate_size
             else:
-                f = self.intermediate_size
-                total += 3 * d * f + (2 * f + d) * self.mlp_bias
+                total += 3 * d * ffn + (2 * ffn + d) * self.mlp_bias
         return total

@@ -49,12 +49,12 @@ class RunLogs:
         secrets: texts that are blotted out, beside the values of environment variables that sound like secrets.
 
     Raises:
-        ConfigError: the folder can't be made, or `max_file_bytes` is below 64 KiB.
+        ConfigError: the folder can't be made, or `max_file_bytes` is below 8 KiB.
     """
 
     def __init__(self, base: str | Path | None = None, *, max_file_bytes: int = 4 << 20, secrets: Iterable[str] = ()):
-        if max_file_bytes < READ_BYTES:
-            raise ConfigError("max_file_bytes", max_file_bytes, f"use at least {READ_BYTES}")
+        if max_file_bytes < 2 * MAX_LINE:
+            raise ConfigError("max_file_bytes", max_file_bytes, f"use at least {2 * MAX_LINE}")
         self._folder = RunFolder(Path(base) if base is not None else cache_dir() / "logs")
         self._max_file_bytes = max_file_bytes
         found = {value for name, value in os.environ.items() if _SECRET_NAME.search(name)} | set(secrets)
@@ -259,12 +259,13 @@ class RankLogs:
             return
         prefix = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ ").encode() + self._label
         file, block, shown = self._run._file(self._name), bytearray(), []
+        block_bytes = min(READ_BYTES, self._run._max_file_bytes)
         for long_line in text[:-1].split(b"\n"):
             clean = self._run._clean(long_line)
             for begin in range(0, max(1, len(clean)), MAX_LINE):
                 line = clean[begin : begin + MAX_LINE]
                 shown.append(line)
-                if len(block) + len(prefix) + len(line) >= READ_BYTES:
+                if len(block) + len(prefix) + len(line) >= block_bytes:
                     file.write(block)
                     block = bytearray()
                 block += prefix + line + b"\n"
@@ -281,7 +282,7 @@ class _BoundedFile:
         self._fd, self._size = -1, 0
 
     def write(self, block: bytes | bytearray) -> None:
-        """Adds whole lines, at most `READ_BYTES`. On a disk that is full they are lost, and nothing else is."""
+        """Adds whole lines, no more than the file may hold. On a full disk they are lost, and nothing else is."""
         with contextlib.suppress(OSError):
             if self._fd >= 0 and self._size + len(block) > self._limit:
                 self.close()

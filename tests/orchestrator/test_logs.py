@@ -70,16 +70,19 @@ def test_what_was_written_before_is_in_the_tail(run):
     logs.close()
 
 
-def test_a_file_is_bounded_and_holds_the_end(run):
+@pytest.mark.parametrize("limit", [1 << 13, 1 << 16])
+def test_a_file_is_bounded_and_holds_the_end(tmp_path, limit):
+    run = RunLogs(tmp_path, max_file_bytes=limit)
     logs = run.open(0, 1)
     for number in range(20_000):
         os.write(logs.writer_fd, b"number %d\n" % number)
     logs.close()
     kept = [(run.folder / name).read_text() for name in ("rank-0.log.1", "rank-0.log")]
-    assert all(0 < len(text) <= 1 << 16 for text in kept)
+    assert all(0 < len(text) <= limit for text in kept)
     numbers = [int(line.rpartition(" ")[2]) for text in kept for line in text.splitlines()]
     assert numbers == list(range(numbers[0], 20_000))
     assert sorted(path.name for path in run.folder.iterdir()) == ["lock", "rank-0.log", "rank-0.log.1"]
+    run.close()
 
 
 def test_generations_share_a_rank_s_files(run):
