@@ -115,7 +115,10 @@ def plan_memory(
     )
     if left < 2 * page:
         remedy = _nearest_width(spec, dtype, budget - temporaries - logits, sizes.width, total, memory_fraction)
-        raise MemoryBudgetError(f"the model does not fit: {sum_text}. {remedy}")
+        raise MemoryBudgetError(
+            f"the model does not fit: {sum_text} leaves {size_text(left)}, and KV cache takes at least "
+            f"{size_text(2 * page)}. {remedy}"
+        )
     if num_pages is None:
         num_pages = min(left // page, max_num_seqs * (needed - 1) + 1)
     if num_pages * page > left:

@@ -85,8 +85,10 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "orchestrator.run_folder",
         "orchestrator.logs",
         "orchestrator.output",
-        "orchestrator.process_group",
+        "orchestrator.devices",
         "orchestrator.resources",
+        "orchestrator.telemetry",
+        "orchestrator.process_group",
         "orchestrator.health",
         "orchestrator.recovery",
         "orchestrator.orchestrator",
@@ -113,6 +115,9 @@ WITHOUT_JAX = (
     "orchestrator.run_folder",
     "orchestrator.logs",
     "orchestrator.output",
+    "orchestrator.devices",
+    "orchestrator.resources",
+    "orchestrator.telemetry",
 )
 JAX_PACKAGES = {"jax", "jaxlib", "flax", "orbax", "optax", "chex"}
 
