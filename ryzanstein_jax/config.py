@@ -92,7 +92,7 @@ class OrchestratorConfig:
     Attributes:
         timeout_sec: most that a start may take, from the first process to ready. Loading and compiling count,
             so give large models more.
-        health_check_interval_sec: how often each device runs a tiny computation while no step does.
+        health_check_interval_sec: how often each device runs a tiny computation to show that it can.
         probe_timeout_sec: most that this computation may take.
         heartbeat_interval_sec: how often a rank tells that it lives and what it has done.
         heartbeat_timeout_sec: silence after which a rank counts as hung, unless it is busy on its processor.

@@ -242,6 +242,9 @@ class MultiGPUOrchestrator:
                 fault = Fault(FaultKind.EXCEPTION, f"it sent what is no result: {error}", (0,))
             else:
                 return
+        with self._lock:
+            if self._group is group:  # nobody shall use it again, also before the supervisor has seen it for itself
+                self._group, self._stale = None, True
         self._supervisor.suspect(group, fault)
         raise DeviceStateLostError(str(fault))
 
