@@ -6,10 +6,11 @@ import asyncio
 import itertools
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
+from ryzanstein_jax.config import OrchestratorConfig
 from ryzanstein_jax.engine.tokens import Tokenizer
 from ryzanstein_jax.errors import EngineClosedError
 from ryzanstein_jax.llm import (
@@ -19,10 +20,12 @@ from ryzanstein_jax.llm import (
     StreamCursor,
     default_sampling_params,
     encode_input,
-    make_config,
-    start_engine,
 )
 from ryzanstein_jax.request import RequestOutput, SamplingParams
+from ryzanstein_jax.start import as_orchestrator, make_config, start_engine
+
+if TYPE_CHECKING:
+    from ryzanstein_jax.orchestrator.orchestrator import MultiGPUOrchestrator
 
 
 class _Listener:
@@ -50,15 +53,24 @@ class AsyncLLM:
     Args:
         model: Hugging Face id, folder, `.gguf` file, snapshot, or "smollm2" for the default model.
         progress: show bars while it starts, and the memory sum.
+        executor, orchestrator: as `LLM` takes them.
         settings: the other fields of `EngineConfig`.
 
     Raises:
         ConfigError, UnsupportedModelError, WeightsError, MemoryBudgetError: before anything is held.
     """
 
-    def __init__(self, model: str = "smollm2", *, progress: bool = True, **settings: Any):
+    def __init__(
+        self,
+        model: str = "smollm2",
+        *,
+        progress: bool = True,
+        executor: str = "local",
+        orchestrator: OrchestratorConfig | Mapping[str, Any] | None = None,
+        **settings: Any,
+    ):
         self.config = make_config(model, settings)
-        self._opened, self._executor, self._engine = start_engine(self.config, progress)
+        self._opened, self._executor, self._engine = start_engine(self.config, progress, executor, orchestrator)
         self.report = self._executor.report
         self._ids = itertools.count()
         self._listeners: dict[str, _Listener] = {}
@@ -72,6 +84,11 @@ class AsyncLLM:
     @property
     def tokenizer(self) -> Tokenizer | None:
         return self._opened.tokenizer
+
+    @property
+    def orchestrator(self) -> MultiGPUOrchestrator | None:
+        """What watches the worker processes; None where the devices are in this process."""
+        return as_orchestrator(self._executor)
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What the model's `generation_config.json` recommends."""

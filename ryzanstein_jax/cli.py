@@ -13,8 +13,9 @@ from rich.table import Table
 
 from ryzanstein_jax.config import DTYPES, LOAD_FORMATS
 from ryzanstein_jax.errors import ConfigError, RyzansteinError
-from ryzanstein_jax.llm import LLM, default_sampling_params, make_config
+from ryzanstein_jax.llm import LLM, default_sampling_params
 from ryzanstein_jax.request import SamplingParams
+from ryzanstein_jax.start import make_config
 
 app = typer.Typer(
     no_args_is_help=True,

@@ -85,6 +85,73 @@ class EngineConfig:
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
 
 
+@dataclass(frozen=True)
+class OrchestratorConfig:
+    """How worker processes are started, watched and replaced. Times are in seconds.
+
+    Attributes:
+        timeout_sec: most that a start may take, from the first process to ready. Loading and compiling count,
+            so give large models more.
+        health_check_interval_sec: how often each device runs a tiny computation while no step does.
+        probe_timeout_sec: most that this computation may take.
+        heartbeat_interval_sec: how often a rank tells that it lives and what it has done.
+        heartbeat_timeout_sec: silence after which a rank counts as hung, unless it is busy on its processor.
+        step_timeout_sec: least time that a step gets before it counts as hung. Steps known to be slow get more:
+            ten times what the slowest of their kind took.
+        first_step_timeout_sec: the same while no step has been measured.
+        enable_auto_restart: False fails all requests at the first fault.
+        max_restart_attempts: faults within `restart_window_sec` that are answered with a restart; one more
+            fails all requests.
+        restart_window_sec: how long a fault counts.
+        healthy_period_sec: after so long without a fault, earlier ones are forgotten.
+        restart_backoff_sec: wait before the second restart in a row; it doubles with each further one, to 30.
+        max_device_failures: faults of one device after which the group goes on without it.
+        min_tensor_parallel_size: narrowest group to go on with.
+        process_per_device: one process for each device; False makes one for all devices of this machine.
+        drain_timeout_sec: how long `cleanup` lets processes end by themselves.
+        log_dir: folder of the ranks' logs; None makes one in the cache folder and removes it after a clean end.
+        log_bytes: most that the logs of one rank take.
+    """
+
+    timeout_sec: float = 1800.0
+    health_check_interval_sec: float = 5.0
+    probe_timeout_sec: float = 10.0
+    heartbeat_interval_sec: float = 0.1
+    heartbeat_timeout_sec: float = 5.0
+    step_timeout_sec: float = 8.0
+    first_step_timeout_sec: float = 60.0
+    enable_auto_restart: bool = True
+    max_restart_attempts: int = 5
+    restart_window_sec: float = 600.0
+    healthy_period_sec: float = 60.0
+    restart_backoff_sec: float = 0.5
+    max_device_failures: int = 3
+    min_tensor_parallel_size: int = 1
+    process_per_device: bool = True
+    drain_timeout_sec: float = 5.0
+    log_dir: str | None = None
+    log_bytes: int = 4 << 20
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name.endswith("_sec"):
+                least = 0.0 if field.name == "restart_backoff_sec" else 0.01
+                number = isinstance(value, int | float) and not isinstance(value, bool)
+                if not (number and least <= value <= 1e6):
+                    raise ConfigError(field.name, value, f"use a number of seconds from {least:g} to 1000000")
+        for name in ("enable_auto_restart", "process_per_device"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(name, getattr(self, name), "use True or False")
+        _integer("max_restart_attempts", self.max_restart_attempts, 0, 1 << 20)
+        _integer("max_device_failures", self.max_device_failures, 1, 1 << 20)
+        _integer("min_tensor_parallel_size", self.min_tensor_parallel_size, 1, 4096)
+        _integer("log_bytes", self.log_bytes, 4096, 1 << 32)
+        if self.heartbeat_timeout_sec < 3 * self.heartbeat_interval_sec:
+            remedy = f"use at least three times heartbeat_interval_sec={self.heartbeat_interval_sec:g}"
+            raise ConfigError("heartbeat_timeout_sec", self.heartbeat_timeout_sec, remedy)
+
+
 def _one_of(field: str, value: object, known: tuple[str, ...]) -> None:
     if value not in known:
         raise ConfigError(field, value, f"use one of {', '.join(known)}")

@@ -56,3 +56,29 @@ class MemoryBudgetError(RyzansteinError):
 
 class EngineClosedError(RyzansteinError, RuntimeError):
     """The engine was closed, or failed, before the request could finish."""
+
+
+class DeviceStateLostError(RyzansteinError):
+    """The processes that held weights and KV cache are gone; the executor brings new ones up: see `restart`."""
+
+
+class PoisonRequestError(RyzansteinError):
+    """A request ended because the devices failed each time that it ran, alone too."""
+
+
+class ProcessGroupError(RyzansteinError):
+    """The worker processes could not be started; the message holds what the failing one said last."""
+
+
+class RecoveryExhaustedError(RyzansteinError):
+    """The worker processes failed more often than `OrchestratorConfig` allows; no request can finish."""
+
+
+def remote_error(name: str, message: str) -> RyzansteinError:
+    """The error of this module that another process raised; any other becomes a `ProcessGroupError` that names it."""
+    kind = globals().get(name)
+    if not (isinstance(kind, type) and issubclass(kind, RyzansteinError)):
+        return ProcessGroupError(f"{name}: {message}")
+    error = kind.__new__(kind)
+    error.args = (message,)
+    return error

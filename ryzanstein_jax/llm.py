@@ -5,34 +5,26 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeGuard, cast
 
-from ryzanstein_jax.config import EngineConfig
-from ryzanstein_jax.engine.engine import Engine
-from ryzanstein_jax.engine.open import OpenModel, open_model
+from ryzanstein_jax.config import OrchestratorConfig
+from ryzanstein_jax.engine.open import OpenModel
 from ryzanstein_jax.engine.tokens import Tokenizer
-from ryzanstein_jax.errors import ConfigError, EngineClosedError, RequestError
-from ryzanstein_jax.progress import progress_bars, say
+from ryzanstein_jax.errors import EngineClosedError, RequestError
+from ryzanstein_jax.progress import progress_bars
 from ryzanstein_jax.request import RequestOutput, SamplingParams
+from ryzanstein_jax.start import as_orchestrator, make_config, start_engine
 
 if TYPE_CHECKING:
-    from ryzanstein_jax.engine.local import LocalExecutor
+    from ryzanstein_jax.communication import Collective
     from ryzanstein_jax.metrics import Metrics
-    from ryzanstein_jax.sharding import Collective
+    from ryzanstein_jax.orchestrator.orchestrator import MultiGPUOrchestrator
 
 #: A prompt: text, token ids, or a mapping with "prompt" or "prompt_token_ids" as in vLLM.
 Prompt = str | Sequence[int] | Mapping[str, Any]
 Messages = Sequence[Mapping[str, Any]]
-
-#: vLLM's names of settings that have another name here.
-_RENAMED = {
-    "gpu_memory_utilization": "memory_fraction",
-    "block_size": "page_size",
-    "num_gpu_blocks_override": "num_pages",
-    "tokenizer_revision": "revision",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,36 +65,6 @@ class StreamCursor:
         return chunks
 
 
-def make_config(model: str, settings: dict[str, Any]) -> EngineConfig:
-    """An `EngineConfig` of keyword settings.
-
-    Raises:
-        ConfigError: there is no such setting; the message names the nearest.
-    """
-    known = {field.name for field in fields(EngineConfig)}
-    for name, value in settings.items():
-        if name not in known:
-            remedy = (
-                f"use {_RENAMED[name]}" if name in _RENAMED else f"there is no such setting; known: {sorted(known)}"
-            )
-            raise ConfigError(name, value, remedy)
-    return EngineConfig(model, **settings)
-
-
-def start_engine(config: EngineConfig, progress: bool) -> tuple[OpenModel, LocalExecutor, Engine]:
-    """Opens a model, makes its executor and its engine, and says what that cost."""
-    opened = open_model(config)
-    # Imported here so that importing this module does not start JAX.
-    from ryzanstein_jax.engine.local import LocalExecutor
-
-    with progress_bars(progress) as bars:
-        executor = LocalExecutor(config, opened.files, opened.spec, progress=bars)
-    if progress:
-        say(str(executor.report))
-    engine = Engine(executor, tokenizer=opened.tokenizer, eos_token_ids=opened.eos_token_ids, config=config)
-    return opened, executor, engine
-
-
 class LLM:
     """A model, its devices and its engine.
 
@@ -111,15 +73,26 @@ class LLM:
     Args:
         model: Hugging Face id, folder, `.gguf` file, snapshot, or "smollm2" for the default model.
         progress: show bars while it starts, and the memory sum.
+        executor: "local" keeps the devices in this process; "processes" gives each a worker process, and replaces
+            those that die while every request goes on.
+        orchestrator: how worker processes are watched and replaced: an `OrchestratorConfig`, or its fields.
         settings: the other fields of `EngineConfig`.
 
     Raises:
         ConfigError, UnsupportedModelError, WeightsError, MemoryBudgetError: before anything is held.
     """
 
-    def __init__(self, model: str = "smollm2", *, progress: bool = True, **settings: Any):
+    def __init__(
+        self,
+        model: str = "smollm2",
+        *,
+        progress: bool = True,
+        executor: str = "local",
+        orchestrator: OrchestratorConfig | Mapping[str, Any] | None = None,
+        **settings: Any,
+    ):
         self.config = make_config(model, settings)
-        self._opened, self._executor, self._engine = start_engine(self.config, progress)
+        self._opened, self._executor, self._engine = start_engine(self.config, progress, executor, orchestrator)
         self.report = self._executor.report
         self._lock = threading.RLock()
         self._outputs: dict[str, RequestOutput] = {}
@@ -137,6 +110,11 @@ class LLM:
     def metrics(self) -> Metrics:
         """Counters and histograms of the engine."""
         return self._executor.metrics
+
+    @property
+    def orchestrator(self) -> MultiGPUOrchestrator | None:
+        """What watches the worker processes; None where the devices are in this process."""
+        return as_orchestrator(self._executor)
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What the model's `generation_config.json` recommends."""

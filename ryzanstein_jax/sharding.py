@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from dataclasses import dataclass
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from ryzanstein_jax.communication import Collective
 from ryzanstein_jax.errors import ConfigError
 
 # The code of devices finds them here, beside the mesh that they are for.
@@ -68,23 +68,6 @@ def named_sharding(
 ) -> NamedSharding:
     """The NamedSharding over `mesh` of an array with these logical axes."""
     return NamedSharding(mesh, partition_spec(axes, rules))
-
-
-@dataclass(frozen=True)
-class Collective:
-    """A kind of communication in a compiled program.
-
-    Attributes:
-        kind: "all-reduce", "all-gather", "reduce-scatter", "all-to-all" or "collective-permute".
-        bytes: of one result on one device.
-        group: devices that take part together.
-        count: how many of these a run of the program performs.
-    """
-
-    kind: str
-    bytes: int
-    group: int
-    count: int
 
 
 _COLLECTIVE = re.compile(

@@ -4,19 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import cast
 
 import numpy as np
 
 from ryzanstein_jax.config import EngineConfig
-from ryzanstein_jax.engine.executor import Executor
+from ryzanstein_jax.engine.executor import Executor, RestartableExecutor
 from ryzanstein_jax.engine.outputs import RequestState
 from ryzanstein_jax.engine.scheduler import Scheduler, SchedulerStats
 from ryzanstein_jax.engine.sequence import Sequence as EngineSequence
 from ryzanstein_jax.engine.sequence import drawn_seed, sampling_key
 from ryzanstein_jax.engine.tokens import Tokenizer
-from ryzanstein_jax.errors import ConfigError, EngineClosedError, RequestError, RyzansteinError
+from ryzanstein_jax.errors import (
+    ConfigError,
+    DeviceStateLostError,
+    EngineClosedError,
+    RequestError,
+    RyzansteinError,
+)
 from ryzanstein_jax.plan import StepResult
 from ryzanstein_jax.request import RequestOutput, SamplingParams
+
+#: How long `step` waits for lost devices, in seconds, before the caller gets a turn.
+_RESTART_SECONDS = 0.1
 
 
 class Engine:
@@ -45,6 +55,8 @@ class Engine:
         self._changed: dict[str, RequestOutput] = {}
         self._num_added = self._num_seeds_drawn = 0
         self._failure: BaseException | None = None
+        self._lost = False  # the executor's devices; `step` asks it for new ones
+        self._gave_up: Exception | None = None  # there will be none
         self._closed = False
 
     # -- Requests ------------------------------------------------------------------------------------------------
@@ -63,9 +75,12 @@ class Engine:
         Raises:
             RequestError: the request is invalid, or can never run; nothing was changed.
             EngineClosedError: the engine is closed.
+            RecoveryExhaustedError: its devices are gone for good.
         """
         if self._closed:
             raise EngineClosedError("the engine is closed: make a new one")
+        if self._gave_up is not None:
+            raise self._gave_up
         tokens = self._validate(request_id, prompt_token_ids, params, priority)
         seed = params.seed
         if seed is None:
@@ -105,7 +120,7 @@ class Engine:
 
     def has_unfinished(self) -> bool:
         """Whether `step` has something to do: requests, outputs to hand out or steps still on the device."""
-        in_flight = self._scheduler.num_in_flight and self._failure is None and not self._closed
+        in_flight = self._scheduler.num_in_flight and self._failure is None and not self._closed and not self._lost
         return bool(self._requests or self._changed or in_flight)
 
     def stats(self) -> SchedulerStats:
@@ -116,7 +131,9 @@ class Engine:
     def step(self) -> list[RequestOutput]:
         """Hands the next step to the device, then takes the result of the one before it.
 
-        The next step is handed over before the tokens of the last are read, so that the device never waits.
+        The next step is handed over before the tokens of the last are read, so that the device never waits. Where the
+        executor has lost its devices, this waits a moment for new ones; once they are there, every unfinished request
+        goes on where it was.
 
         Returns:
             The requests that got a token or ended. Each `RequestOutput` is one object that grows until
@@ -132,6 +149,22 @@ class Engine:
                 if self._closed
                 else f"the engine failed ({self._failure!r}): recover or close it"
             )
+        if self._lost:
+            self._resume()
+            return self._take_changed()
+        try:
+            self._advance()
+        except DeviceStateLostError:
+            # Whoever was on the devices may be the reason; see `Scheduler.blame`.
+            self._scheduler.blame()
+            self._failure, self._lost = None, True
+        return self._take_changed()
+
+    def _take_changed(self) -> list[RequestOutput]:
+        changed, self._changed = list(self._changed.values()), {}
+        return changed
+
+    def _advance(self) -> None:
         with self._failing_on(BaseException):
             # Two are in flight already where the last call was interrupted while it waited.
             plan = self._scheduler.schedule() if self._scheduler.num_in_flight < 2 else None
@@ -149,8 +182,19 @@ class Engine:
         if not self._scheduler.num_in_flight and not self._scheduler.has_unfinished:
             with self._failing_on(Exception):
                 self._scheduler.check()
-        changed, self._changed = list(self._changed.values()), {}
-        return changed
+
+    def _resume(self) -> None:
+        """Waits a moment for the executor to be there again, then goes on."""
+        try:
+            ready = cast(RestartableExecutor, self._executor).restart(_RESTART_SECONDS, len(self._requests))
+        except RyzansteinError as error:
+            self._gave_up, self._lost = error, False
+            self._scheduler.reset()
+            for state in list(self._requests.values()):
+                self._fail(state, error, "error")
+            return
+        if ready:
+            self.recover()
 
     def _note_scheduled(self) -> None:
         for sequence in self._scheduler.take_admitted():
@@ -203,7 +247,8 @@ class Engine:
         executor = executor or self._executor
         if executor.limits.vocab_size != self._limits.vocab_size:
             raise ConfigError("executor", f"vocab_size {executor.limits.vocab_size}", "recover with the same model")
-        self._executor, self._limits, self._failure = executor, executor.limits, None
+        self._executor, self._limits = executor, executor.limits
+        self._failure, self._lost = None, False
         for sequence in self._scheduler.reset(executor.limits):
             state = self._requests.get(sequence.request_id)
             if state is None:

@@ -40,7 +40,8 @@ class ExecutorLimits:
 class Executor(Protocol):
     """Runs steps in order. `submit` returns at once; `collect` waits for the oldest step not yet collected.
 
-    A plan may be submitted while the one before it still runs, and may name its sampled tokens.
+    A plan may be submitted while the one before it still runs, and may name its sampled tokens. Where `submit` or
+    `collect` raises DeviceStateLostError, the executor is a `RestartableExecutor`.
     """
 
     @property
@@ -51,3 +52,19 @@ class Executor(Protocol):
     def collect(self) -> StepResult: ...
 
     def close(self) -> None: ...
+
+
+class RestartableExecutor(Executor, Protocol):
+    """An executor that gets new devices, or processes, when it loses those that it had."""
+
+    def restart(self, timeout: float, num_requests: int) -> bool:
+        """Waits up to `timeout` seconds for new ones; True once steps run again, numbered from 0.
+
+        Args:
+            timeout: after which the caller looks after other things and asks again.
+            num_requests: how many requests will be replayed.
+
+        Raises:
+            RecoveryExhaustedError: there will be none.
+        """
+        ...

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -22,8 +22,9 @@ from ryzanstein_jax.checkpoint.files import ModelFiles, open_source
 from ryzanstein_jax.checkpoint.snapshot_writer import save_snapshot
 from ryzanstein_jax.config import EngineConfig
 from ryzanstein_jax.engine.open import open_model, save_tokenizer
+from ryzanstein_jax.engine.report import SetupReport
 from ryzanstein_jax.engine.runner import Runner
-from ryzanstein_jax.memory import MemoryPlan, device_bytes, memory_analysis, plan_memory, weight_bytes
+from ryzanstein_jax.memory import device_bytes, memory_analysis, plan_memory, weight_bytes
 from ryzanstein_jax.metrics import Metrics
 from ryzanstein_jax.model.decoder import Decoder
 from ryzanstein_jax.model.params import ParamSpec, param_specs
@@ -34,34 +35,6 @@ from ryzanstein_jax.sharding import Collective, PaddedSizes, collectives, make_m
 from ryzanstein_jax.step import StepPrograms, StepShapes
 
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class SetupReport:
-    """What starting cost and how memory was divided.
-
-    Attributes:
-        device: platform and kind of the devices.
-        dtype: of weights, activations and cache.
-        memory: the sum for one device.
-        load: what loading the weights cost; None for dummy weights.
-        load_seconds, compile_seconds: wall time; the two overlap.
-        num_programs: how many programs were compiled or found in the cache.
-    """
-
-    device: str
-    dtype: str
-    memory: MemoryPlan
-    load: LoadReport | None
-    load_seconds: float
-    compile_seconds: float
-    num_programs: int
-
-    def __str__(self) -> str:
-        return (
-            f"{self.device}, {self.dtype}; weights in {self.load_seconds:.1f} s, "
-            f"{self.num_programs} programs in {self.compile_seconds:.1f} s\n{self.memory}"
-        )
 
 
 class LocalExecutor:
@@ -154,7 +127,7 @@ class LocalExecutor:
             device=f"{mesh.size} x {device.platform} ({device.device_kind})",
             dtype=str(dtype),
             memory=memory,
-            load=load,
+            load={} if load is None else dataclasses.asdict(load),
             load_seconds=load_seconds,
             compile_seconds=compile_seconds,
             num_programs=self.metrics.counter("compiles"),

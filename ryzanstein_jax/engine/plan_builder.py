@@ -26,11 +26,13 @@ class StepRows:
         step: number of the step.
         sampled: (row, sequence) of each token to sample.
         scored: (row, sequence, position) of each prompt token to score.
+        members: all sequences of the step, also those without a row.
     """
 
     step: int
     sampled: list[tuple[int, Sequence]] = field(default_factory=list)
     scored: list[tuple[int, Sequence, int]] = field(default_factory=list)
+    members: list[Sequence] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.sampled) + len(self.scored)
@@ -127,7 +129,8 @@ class PlanBuilder:
         query_lens = [1] * count
         row_tokens, row_slots, row_seqs = list(range(count)), [s.slot for s in decodes], list(range(count))
         row_positions, row_targets = [position + 1 for position in positions], [-1] * count
-        meaning = StepRows(step, list(enumerate(decodes)))
+        everyone = decodes + [sequence for sequence, _ in chunks]
+        meaning = StepRows(step, list(enumerate(decodes)), members=everyone)
         wanted = max([s.num_logprobs for s in decodes], default=-1)
 
         for number, (sequence, length) in enumerate(chunks, start=count):
@@ -159,7 +162,6 @@ class PlanBuilder:
         rows = self._settings[row_slots]
         rows["token"], rows["seq"], rows["position"] = row_tokens, row_seqs, row_positions
         rows["target"] = row_targets
-        everyone = decodes + [sequence for sequence, _ in chunks]
         width = max(len(sequence.pages) for sequence in everyone)
         bias = _bias(meaning.sampled, row_positions)
         plan = StepPlan(

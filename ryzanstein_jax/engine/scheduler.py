@@ -23,6 +23,7 @@ from ryzanstein_jax.engine.blocks import PagePool
 from ryzanstein_jax.engine.executor import ExecutorLimits
 from ryzanstein_jax.engine.plan_builder import PlanBuilder, StepRoom, StepRows
 from ryzanstein_jax.engine.sequence import Sequence
+from ryzanstein_jax.engine.suspects import Suspects, conviction
 from ryzanstein_jax.errors import RequestError, RyzansteinError
 from ryzanstein_jax.plan import StepPlan, StepResult
 
@@ -71,6 +72,7 @@ class Scheduler:
         self.enable_prefix_caching = enable_prefix_caching
         self.waiting: list[Sequence] = []  # both lists in order
         self.running: list[Sequence] = []
+        self._suspects = Suspects()
         self._num_steps = self._num_preemptions = self._num_prefix_queries = self._num_prefix_hits = 0
         self._build(limits)
 
@@ -129,9 +131,16 @@ class Scheduler:
         """The next step, or None where nothing can run before the steps in flight are committed."""
         assert len(self._in_flight) < 2, "a plan can refer to the tokens of the step before it only"
         preemptions = self._num_preemptions
-        decodes = self._pick_decodes()
+        alone = self._suspects.alone()
+        if alone is not None and not alone.is_running:
+            if self._in_flight:
+                return None
+            for sequence in self.running.copy():  # so that there are pages for it
+                self._preempt(sequence)
+            preemptions = self._num_preemptions
+        decodes = self._pick_decodes(alone)
         # Room was just taken from a running sequence: a waiting one must not take it back in the same step.
-        chunks = self._pick_chunks(decodes, admit=self._num_preemptions == preemptions)
+        chunks = self._pick_chunks(decodes, alone, admit=self._num_preemptions == preemptions)
         if not decodes and not chunks:
             return None
         plan, rows = self._builder.plan(self._next_step, decodes, chunks)
@@ -170,6 +179,10 @@ class Scheduler:
             self._append(sequence, tokens[row])
         return rows
 
+    def blame(self) -> None:
+        """The device's state is lost: whoever was on it may be the reason. Call `reset` to go on."""
+        self._suspects.blame(member for rows in self._in_flight for member in rows.members)
+
     def reset(self, limits: ExecutorLimits | None = None) -> list[Sequence]:
         """The device's state is lost: every unfinished sequence starts over from its known tokens.
 
@@ -179,13 +192,19 @@ class Scheduler:
             limits: those of the new executor, where they changed.
 
         Returns:
-            Sequences that no longer fit; they ended with "length", or "error" if they had produced nothing.
+            Sequences that no longer fit, which ended with "length", or "error" if they had produced nothing; and those
+            that lost the device's state too often, which ended with "error".
         """
         self._build(limits or self.limits)
         unfinished, self.running, self.waiting = self.running + self.waiting, [], []
         dropped = []
         for sequence in unfinished:
             sequence.forget_device()
+            sequence.error = conviction(sequence)
+            if sequence.error is not None:
+                sequence.finish_reason = "error"
+                dropped.append(sequence)
+                continue
             try:
                 self.add(sequence)
             except RequestError as error:
@@ -214,11 +233,13 @@ class Scheduler:
 
     # -- Choosing ------------------------------------------------------------------------------------------------
 
-    def _pick_decodes(self) -> list[Sequence]:
+    def _pick_decodes(self, alone: Sequence | None) -> list[Sequence]:
         """Running sequences with one token to run, each with a page for it. Preempts from the end where pages lack."""
         decodes = []
         page_size = self.limits.page_size
         for sequence in self.running.copy():
+            if alone is not None and sequence is not alone:
+                continue
             if sequence.num_tokens - sequence.num_computed != 1 or not sequence.may_sample or not sequence.is_running:
                 continue
             if sequence.num_computed >= len(sequence.pages) * page_size and not self._grow(sequence):
@@ -247,19 +268,21 @@ class Scheduler:
         insort(self.waiting, sequence, key=_by_order)
         self._num_preemptions += 1
 
-    def _pick_chunks(self, decodes: list[Sequence], *, admit: bool) -> list[tuple[Sequence, int]]:
+    def _pick_chunks(
+        self, decodes: list[Sequence], alone: Sequence | None, *, admit: bool
+    ) -> list[tuple[Sequence, int]]:
         """Chunks of prompts: of those that run first, then of waiting sequences while there is room.
 
         A waiting sequence that turns out to have a single token left to run joins `decodes` instead.
         """
         room = StepRoom(self.limits, len(decodes))
         for sequence in self.running:
-            if sequence.num_remaining > 1:
+            if sequence.num_remaining > 1 and alone in (None, sequence):
                 if not room.is_open:
                     return room.chunks
                 self._take_chunk(sequence, room)
-        if admit:
-            self._admit(decodes, room)
+        if admit and (alone is None or not alone.is_running):
+            self._admit(decodes, room, alone)
         return room.chunks
 
     def _take_chunk(self, sequence: Sequence, room: StepRoom) -> None:
@@ -267,11 +290,12 @@ class Scheduler:
         last = (sequence.num_computed + room.take(sequence)) // self.limits.page_size
         room.promised.update(self._keys(sequence, last)[first:])
 
-    def _admit(self, decodes: list[Sequence], room: StepRoom) -> None:
+    def _admit(self, decodes: list[Sequence], room: StepRoom, alone: Sequence | None) -> None:
         page_size = self.limits.page_size
-        index = 0  # of the first waiting sequence not passed over
-        while room.is_open and self._builder.num_free_slots and index < min(len(self.waiting), _MOST_HELD):
-            sequence = self.waiting[index]
+        # Of the first waiting sequence not passed over.
+        index = first = 0 if alone is None else bisect_left(self.waiting, alone.order, key=_by_order)
+        while room.is_open and self._builder.num_free_slots and index < min(len(self.waiting), first + _MOST_HELD):
+            sequence = alone or self.waiting[index]
             assert sequence.pending_row < 0, "its last token is a step old by now, so it must be known"
             shared: list[int] = []
             # At least one token is left to run: its logits are what the next one is sampled from. And log-probabilities
@@ -301,6 +325,8 @@ class Scheduler:
                 room.num_rows -= 1
             else:
                 self._take_chunk(sequence, room)
+            if alone is not None:
+                return
 
     # -- Bookkeeping ---------------------------------------------------------------------------------------------
 
@@ -331,6 +357,7 @@ class Scheduler:
             return
         token_ids = sequence.token_ids
         token_ids.append(token)
+        self._suspects.clear_if_past(sequence)
         if sequence.is_running:
             self._register(sequence)
         if token in sequence.stop_token_ids and not sequence.bans_stops_at(len(token_ids) - 1):

@@ -35,6 +35,7 @@ class Sequence:
         pages: its pages in order; empty unless running.
         page_keys: keys of its full pages, as far as they were needed yet.
         num_registered: how many of its pages were offered to the prefix cache.
+        num_strikes, innocent_from: see `suspects`.
         slot: its row in the batch's arrays; -1 unless running.
     """
 
@@ -44,6 +45,7 @@ class Sequence:
         "error",
         "finish_reason",
         "index",
+        "innocent_from",
         "key",
         "max_length",
         "num_cached",
@@ -52,6 +54,7 @@ class Sequence:
         "num_registered",
         "num_scored",
         "num_scored_known",
+        "num_strikes",
         "num_tokens",
         "order",
         "page_keys",
@@ -104,6 +107,7 @@ class Sequence:
         self.pages: list[int] = []
         self.page_keys: list[bytes] = []
         self.num_registered = 0
+        self.num_strikes = self.innocent_from = 0
         self.slot = -1
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None

@@ -1,0 +1,56 @@
+"""What can go wrong with a group of ranks."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class FaultKind(StrEnum):
+    """Kinds of failure; each has a policy in `recovery`."""
+
+    PROCESS_DEATH = "process_death"
+    HANG = "hang"
+    OUT_OF_MEMORY = "out_of_memory"
+    DEVICE = "device"
+    COLLECTIVE = "collective"
+    EXCEPTION = "exception"
+    START = "start"
+    REFUSED = "refused"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One failure.
+
+    Attributes:
+        kind: what kind.
+        message: what was seen, for people.
+        ranks: whose fault it is, as far as that is known.
+        serving: whether the group had a model loaded and was running steps.
+        seen: monotonic seconds at which the leader noticed.
+        error_type: name of the exception that a rank raised; "" where it raised none.
+        log: last lines that the first of `ranks` wrote.
+    """
+
+    kind: FaultKind
+    message: str
+    ranks: tuple[int, ...] = ()
+    serving: bool = False
+    seen: float = field(default_factory=time.monotonic)
+    error_type: str = ""
+    log: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        who = f"rank {', '.join(map(str, self.ranks))}: " if self.ranks else ""
+        tail = "\n  last lines of its log:\n    " + "\n    ".join(self.log) if self.log else ""
+        return f"{self.kind}: {who}{self.message}{tail}"
+
+
+class GroupFault(Exception):
+    """Unwinds what the leader was doing with a group that has failed."""
+
+    def __init__(self, fault: Fault):
+        super().__init__(str(fault))
+        self.fault = fault

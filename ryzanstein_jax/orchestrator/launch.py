@@ -1,0 +1,186 @@
+"""Brings up one generation of a group: ranks join, the model is placed and loaded, all agree on what fits a step."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ryzanstein_jax.budget import resolve_fraction
+from ryzanstein_jax.config import EngineConfig, OrchestratorConfig
+from ryzanstein_jax.engine.executor import ExecutorLimits
+from ryzanstein_jax.engine.report import SetupReport
+from ryzanstein_jax.errors import RyzansteinError
+from ryzanstein_jax.orchestrator.devices import DeviceReport
+from ryzanstein_jax.orchestrator.fault import Fault, FaultKind, GroupFault
+from ryzanstein_jax.orchestrator.frames import FrameError, Kind, parse_json
+from ryzanstein_jax.orchestrator.health import HealthMonitor
+from ryzanstein_jax.orchestrator.process_group import Notice, ProcessGroup
+
+Progress = Callable[[str, int, int], None]
+#: How often the ranks are looked at, in seconds.
+TICK = 0.05
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What a group that has loaded its model offers.
+
+    Attributes:
+        limits: of a step; the same on all ranks.
+        report: of rank 0.
+        counters: of rank 0's metrics.
+        join_seconds, load_seconds: from the launch to the last HELLO, from there to the last READY.
+    """
+
+    limits: ExecutorLimits
+    report: SetupReport
+    counters: dict[str, int]
+    join_seconds: float
+    load_seconds: float
+
+
+class Launch:
+    """Waits for a group step by step, while the health monitor looks on.
+
+    Args:
+        group: the ranks, just launched.
+        monitor: watches them already.
+        options: the deadline.
+        is_closing: asked all the time; ends the wait.
+    """
+
+    def __init__(
+        self,
+        group: ProcessGroup,
+        monitor: HealthMonitor,
+        options: OrchestratorConfig,
+        is_closing: Callable[[], bool],
+    ):
+        self._group, self._monitor, self._is_closing = group, monitor, is_closing
+        self._began = self._stage = time.monotonic()
+        self._deadline = self._began + options.timeout_sec
+        self._timeout = options.timeout_sec
+
+    def join(self) -> list[DeviceReport]:
+        """The devices of all ranks, in order, once all have joined.
+
+        Raises:
+            GroupFault: a rank failed, or the deadline passed.
+        """
+        answers = self._gather(Kind.HELLO, lambda notice: None)
+        devices: list[DeviceReport] = []
+        for rank in range(len(self._group.ranks)):
+            value = answers[rank]
+            try:
+                if value["rank"] != rank or value["generation"] != self._group.generation:
+                    raise FrameError("it greets as another rank")
+                devices += [DeviceReport.from_json(text) for text in value["devices"]]
+            except (KeyError, TypeError, RyzansteinError) as error:
+                raise GroupFault(Fault(FaultKind.START, f"it greets wrongly: {error}", (rank,))) from error
+        return devices
+
+    def load(self, config: EngineConfig, progress: Progress) -> Ready:
+        """Has all ranks load the model.
+
+        Raises:
+            GroupFault: as `join`; or the ranks do not agree.
+        """
+        joined, self._stage = self._stage - self._began, time.monotonic()
+        joined = self._stage - self._began
+        self._group.tell(Kind.START, {"config": dataclasses.asdict(config)})
+
+        def note(notice: Notice) -> None:
+            if notice.kind is Kind.PROGRESS and notice.rank == 0:
+                value = notice.json()
+                progress(str(value.get("what"))[:40], int(value.get("done", 0)), int(value.get("total", 0)))
+
+        answers = self._gather(Kind.READY, note)
+        try:
+            first = answers[0]
+            for rank, value in answers.items():
+                if value["limits"] != first["limits"]:
+                    message = f"it has other limits than rank 0: {value['limits']} and {first['limits']}"
+                    raise GroupFault(Fault(FaultKind.REFUSED, message, (rank,)))
+            return Ready(
+                limits=ExecutorLimits(**first["limits"]),
+                report=SetupReport.from_json(first["report"]),
+                counters={str(name): int(count) for name, count in first["counters"].items()},
+                join_seconds=joined,
+                load_seconds=time.monotonic() - self._stage,
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise GroupFault(Fault(FaultKind.START, f"it is ready in another language: {error!r}", (0,))) from error
+
+    def _gather(self, kind: Kind, note: Callable[[Notice], None]) -> dict[int, dict[str, Any]]:
+        """One frame of a kind from every rank."""
+        answers: dict[int, dict[str, Any]] = {}
+        while len(answers) < len(self._group.ranks):
+            if self._is_closing():
+                raise GroupFault(Fault(FaultKind.REFUSED, "the orchestrator is closing"))
+            for notice in self._group.poll(TICK):
+                fault_if_error(self._group, notice, serving=False)
+                if notice.kind is kind:
+                    answers[notice.rank] = parse_json(notice.payload)
+                else:
+                    note(notice)
+            fault = self._monitor.check()
+            if fault is not None:
+                raise GroupFault(fault)
+            if time.monotonic() > self._deadline:
+                missing = tuple(rank.rank for rank in self._group.ranks if rank.rank not in answers)
+                message = f"not {kind.name.lower()} within timeout_sec={self._timeout:g}"
+                log = tuple(self._group.ranks[missing[0]].logs.tail(10))
+                raise GroupFault(Fault(FaultKind.START, message, missing, log=log))
+        return answers
+
+
+def fault_if_error(group: ProcessGroup, notice: Notice, *, serving: bool) -> None:
+    """Raises the GroupFault that a rank's ERROR stands for."""
+    if notice.kind is not Kind.ERROR:
+        return
+    value = notice.json()
+    try:
+        kind = FaultKind(str(value.get("kind")))
+    except ValueError:
+        kind = FaultKind.EXCEPTION
+    if kind is FaultKind.EXCEPTION and not serving:
+        kind = FaultKind.START
+    message = str(value.get("message"))
+    log = () if kind is FaultKind.REFUSED else tuple(group.ranks[notice.rank].logs.tail(10))
+    raise GroupFault(Fault(kind, message, (notice.rank,), serving=serving, error_type=str(value.get("type")), log=log))
+
+
+def rank_config(config: EngineConfig, devices: Sequence[DeviceReport], num_pages: int | None) -> EngineConfig:
+    """The settings that ranks load with: of this width, with the pages that an earlier generation settled on.
+
+    CPU devices of one host share its memory.
+    """
+    width = len(devices)
+    config = config.replace(tensor_parallel_size=width)
+    if num_pages is not None:
+        config = config.replace(num_pages=num_pages)
+    if devices[0].platform == "cpu":
+        fraction = resolve_fraction(config.memory_fraction, "cpu")
+        sharing = max(sum(device.host == other.host for other in devices) for device in devices)
+        config = config.replace(memory_fraction=fraction / sharing)
+    return config
+
+
+def visible_slots(width: int) -> tuple[int, ...]:
+    """Devices of this machine that ranks may take: all GPUs, or as many CPU devices as are asked for."""
+    wanted = os.environ.get("JAX_PLATFORMS", "")
+    if wanted.startswith("cpu"):
+        return tuple(range(width))
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None:
+        count = len([name for name in chosen.split(",") if name.strip()])
+    else:
+        try:
+            count = len(os.listdir("/proc/driver/nvidia/gpus"))
+        except OSError:
+            count = 0
+    return tuple(range(max(count, width)))

@@ -1,0 +1,95 @@
+"""What a rank tells of itself in each heartbeat, and what it was told to be."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any
+
+from ryzanstein_jax.orchestrator.frames import FrameError
+
+#: Holds the faults to make on purpose; see `faults`.
+FAULT_VARIABLE = "RYZANSTEIN_FAULT"
+
+_HEARTBEAT = struct.Struct("<Bqqq")
+
+
+class Phase(IntEnum):
+    """What a rank is doing."""
+
+    JOINING = 0
+    WAITING = 1
+    LOADING = 2
+    SERVING = 3
+
+
+@dataclass(slots=True)
+class Heartbeat:
+    """Counts since the rank began: steps received, handed to the device, and done by it."""
+
+    phase: Phase = Phase.JOINING
+    received: int = 0
+    dispatched: int = 0
+    done: int = 0
+
+    def to_bytes(self) -> bytes:
+        return _HEARTBEAT.pack(self.phase, self.received, self.dispatched, self.done)
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Heartbeat:
+        """Raises FrameError where the bytes are no heartbeat."""
+        try:
+            phase, received, dispatched, done = _HEARTBEAT.unpack(data)
+            return cls(Phase(phase), received, dispatched, done)
+        except (struct.error, ValueError) as error:
+            raise FrameError(f"not a heartbeat: {data[:40]!r}") from error
+
+
+@dataclass(frozen=True)
+class RankSpec:
+    """What an agent needs to know to make a rank.
+
+    Attributes:
+        rank, num_processes: its number in the group, and how many there are.
+        generation: how often the group was started before.
+        slot: the device of its machine that it takes; -1 takes all.
+        local_index, local_count: which of how many ranks of its machine it is.
+        width: devices of the mesh.
+        address, hosted: the coordination service; see `runtime.Coordinator`.
+        heartbeat_interval_sec: how often it tells that it lives.
+        environment: variables to set before anything of JAX starts.
+        fault: a fault to make on purpose; see `faults`.
+    """
+
+    rank: int
+    num_processes: int
+    generation: int
+    slot: int
+    local_index: int
+    local_count: int
+    width: int
+    address: str
+    hosted: bool
+    heartbeat_interval_sec: float
+    environment: dict[str, str] = field(default_factory=dict)
+    fault: str = ""
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> RankSpec:
+        """Raises FrameError where a field is missing, unknown or of another type."""
+        try:
+            spec = cls(**value)
+        except TypeError as error:
+            raise FrameError(f"not a rank's description: {error}") from error
+        numbers = (spec.rank, spec.num_processes, spec.generation, spec.slot, spec.local_index, spec.local_count)
+        environment = spec.environment
+        if not (
+            all(isinstance(number, int) for number in (*numbers, spec.width))
+            and isinstance(spec.address, str)
+            and isinstance(spec.fault, str)
+            and isinstance(environment, dict)
+            and all(isinstance(text, str) for pair in environment.items() for text in pair)
+        ):
+            raise FrameError(f"not a rank's description: {str(value)[:200]}")
+        return spec

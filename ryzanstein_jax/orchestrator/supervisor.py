@@ -1,0 +1,355 @@
+"""The leader's supervisor: a thread that starts groups, watches them, and does what the recovery policy says."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+from ryzanstein_jax.config import EngineConfig, OrchestratorConfig
+from ryzanstein_jax.engine.executor import ExecutorLimits
+from ryzanstein_jax.errors import (
+    ConfigError,
+    MemoryBudgetError,
+    RecoveryExhaustedError,
+    RyzansteinError,
+    remote_error,
+)
+from ryzanstein_jax.metrics import Metrics
+from ryzanstein_jax.model.spec import ModelSpec
+from ryzanstein_jax.orchestrator.events import EventKind, EventLog
+from ryzanstein_jax.orchestrator.fault import Fault, FaultKind, GroupFault
+from ryzanstein_jax.orchestrator.frames import FrameError, Kind
+from ryzanstein_jax.orchestrator.health import HealthMonitor
+from ryzanstein_jax.orchestrator.launch import (
+    TICK,
+    Launch,
+    Progress,
+    Ready,
+    fault_if_error,
+    rank_config,
+    visible_slots,
+)
+from ryzanstein_jax.orchestrator.logs import RunLogs
+from ryzanstein_jax.orchestrator.process_group import ProcessGroup, ProcessGroupManager
+from ryzanstein_jax.orchestrator.recovery import Action, Decision, FailureRecoveryManager
+from ryzanstein_jax.orchestrator.resources import ResourceAllocator
+
+_INSPECT_SECONDS = 60.0
+
+
+class Owner(Protocol):
+    """What a supervisor tells and asks the orchestrator."""
+
+    options: OrchestratorConfig
+    events: EventLog
+    metrics: Metrics
+
+    @property
+    def is_serving(self) -> bool: ...
+
+    def tell_joined(self) -> None: ...
+
+    def serve(self, group: ProcessGroup, *, degraded: bool) -> None: ...
+
+    def lose(self) -> None: ...
+
+    def fail(self, error: RyzansteinError) -> None: ...
+
+    def sockets_at_rest(self) -> AbstractContextManager[None]: ...
+
+
+class Supervisor:
+    """Owns the group of ranks. All but `start`, `load`, `suspect`, `inspect` and `close` is its thread's.
+
+    Args:
+        owner: the orchestrator that it serves.
+        config, spec: the model.
+        progress: of loading.
+    """
+
+    def __init__(self, owner: Owner, config: EngineConfig, spec: ModelSpec, progress: Progress):
+        self._owner, self._config, self._progress = owner, config, progress
+        self._options, self._events = owner.options, owner.events
+        self.monitor = HealthMonitor(self._options)
+        self.recovery = FailureRecoveryManager(self._options)
+        self._allocator = ResourceAllocator(spec, config)
+        self._slots = visible_slots(config.tensor_parallel_size)
+        self._logs: RunLogs | None = None
+        self._manager: ProcessGroupManager | None = None
+        self._group: ProcessGroup | None = None
+        self._thread = threading.Thread(target=self._run, name="supervisor", daemon=True)
+        self._may_load, self._closing = threading.Event(), threading.Event()
+        self._suspected: list[tuple[ProcessGroup, Fault]] = []  # by the engine's thread
+        self._inspected: tuple[threading.Event, list[dict[str, Any]]] | None = None
+        self._num_pages: dict[int, int] = {}  # by width: all generations of one width have the same programs
+        self._batch_divisor = self._page_divisor = 1
+        self._delay_until = 0.0
+        self.joined = False
+        self.ready: Ready | None = None
+        self.last_fault: Fault | None = None
+        self.generation = self.width = 0
+        self.slots: tuple[int, ...] = ()
+        self.parts: dict[str, Any] = {}
+
+    # --- from other threads
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def load(self) -> None:
+        self._may_load.set()
+
+    def suspect(self, group: ProcessGroup, fault: Fault) -> None:
+        """The engine's thread met a fault of a group; the supervisor may know better what it was."""
+        self._suspected.append((group, fault))
+        group.wake()
+
+    def inspect(self, group: ProcessGroup) -> dict[str, Any]:
+        """What rank 0's programs communicate."""
+        done, answers = threading.Event(), list[dict[str, Any]]()
+        self._inspected = (done, answers)
+        group.tell(Kind.INSPECT, {}, rank=0)
+        if not done.wait(_INSPECT_SECONDS):
+            raise RyzansteinError(f"rank 0 did not answer within {_INSPECT_SECONDS:g} s")
+        return answers[0]
+
+    def close(self, *, failed: bool) -> None:
+        """Ends the group and the thread."""
+        self._closing.set()
+        self._may_load.set()
+        group = self._group
+        if group is not None:
+            group.wake()
+        if self._thread.is_alive():
+            self._thread.join()
+        if self._manager is not None:
+            self._manager.close()
+        if self._logs is not None:
+            self._logs.close(failed=failed)
+        self._events.record(EventKind.CLOSED, "all processes have ended", generation=self.generation)
+
+    @property
+    def limits(self) -> ExecutorLimits:
+        """What the group offers, less what was taken back after the device ran out of memory."""
+        assert self.ready is not None
+        limits, divisor = self.ready.limits, self._batch_divisor
+        if divisor == 1:
+            return limits
+        seqs = max(1, limits.max_num_seqs // divisor)
+        tokens = max(1, limits.max_prefill_tokens // divisor)
+        prefills = max(1, limits.max_prefills // divisor)
+        return dataclasses.replace(
+            limits, max_num_seqs=seqs, max_prefill_tokens=tokens, max_prefills=prefills, max_rows=seqs + prefills
+        )
+
+    @property
+    def excluded(self) -> dict[int, str]:
+        return self._allocator.excluded
+
+    # --- the thread
+
+    def _run(self) -> None:
+        try:
+            self._logs = RunLogs(self._options.log_dir, max_file_bytes=max(1 << 16, self._options.log_bytes // 2))
+            self._manager = ProcessGroupManager(self._options, self._logs)
+            while not self._closing.is_set():
+                try:
+                    self._bring_up()
+                    self._watch()
+                except GroupFault as failure:
+                    if not self._closing.is_set() and not self._answer(failure.fault):
+                        break
+            self._drain()
+        except RyzansteinError as error:
+            self._owner.fail(error)
+        except Exception as error:  # noqa: BLE001 - whoever waits must learn of it
+            own = RyzansteinError(f"the supervisor failed: {error!r}")
+            own.__cause__ = error
+            self._owner.fail(own)
+        finally:
+            self._kill()
+
+    def _bring_up(self) -> None:
+        """A new generation, from processes to serving."""
+        assert self._manager is not None
+        while (left := self._delay_until - time.monotonic()) > 0 and not self._closing.wait(min(left, TICK)):
+            pass
+        self.slots = self._choose_slots()
+        width = len(self.slots)
+        self.generation += 1
+        kind = EventKind.STARTED if self.generation == 1 else EventKind.RESPAWNED
+        self._events.record(kind, f"{width} ranks start", generation=self.generation, slots=list(self.slots))
+        one_process = not self._options.process_per_device
+        self._group = group = self._manager.launch(
+            (-1,) if one_process else self.slots, generation=self.generation, width=width
+        )
+        self.monitor.watch(group)
+        launch = Launch(group, self.monitor, self._options, self._closing.is_set)
+        devices = launch.join()
+        if len(devices) != width:
+            remedy = f"{len(devices)} devices were found"
+            raise ConfigError("tensor_parallel_size", width, remedy)
+        self._allocator.place(devices, width)  # refuses what can't fit before anything is loaded
+        self.joined = True
+        self._owner.tell_joined()
+        self._may_load.wait()
+        pages = self._num_pages.get(width, self._config.num_pages)
+        if pages is not None and self._page_divisor > 1:
+            pages = max(2, pages // self._page_divisor)
+        self.ready = ready = launch.load(rank_config(self._config, devices, pages), self._progress)
+        self._num_pages.setdefault(width, ready.limits.num_pages)
+        memory = ready.report.memory
+        self._allocator.learn(width, memory.temporaries, memory.logits)
+        for name, count in ready.counters.items():
+            self._owner.metrics.count(name, count)
+        self.width = width
+        self.parts |= {"join_seconds": round(ready.join_seconds, 3), "load_seconds": round(ready.load_seconds, 3)}
+        degraded = width < self._config.tensor_parallel_size or self._batch_divisor > 1 or self._page_divisor > 1
+        self._events.record(
+            EventKind.DEGRADED if degraded else EventKind.READY,
+            f"{width} of {self._config.tensor_parallel_size} devices serve",
+            generation=self.generation,
+            pages=ready.limits.num_pages,
+            **self.parts,
+        )
+        self._owner.serve(group, degraded=degraded)
+
+    def _choose_slots(self) -> tuple[int, ...]:
+        """Devices for the next generation: as many as configured, or as there are left."""
+        usable = [slot for slot in self._slots if slot not in self._allocator.excluded]
+        width = min(self._config.tensor_parallel_size, len(usable))
+        if width < self._options.min_tensor_parallel_size:
+            raise RecoveryExhaustedError(
+                f"{len(usable)} of {len(self._slots)} devices are left, fewer than "
+                f"min_tensor_parallel_size={self._options.min_tensor_parallel_size}: {self._allocator.excluded}"
+            )
+        return tuple(usable[:width])
+
+    def _watch(self) -> None:
+        """Until something goes wrong, which is raised as GroupFault, or the orchestrator closes."""
+        group = self._group
+        assert group is not None
+        while not self._closing.is_set():
+            for notice in group.poll(TICK):
+                fault_if_error(group, notice, serving=True)
+                if notice.kind is Kind.PROBED:
+                    problems = notice.json().get("problems")
+                    fault = self.monitor.note_probed(notice.rank, list(map(str, problems or ())))
+                    if fault is not None:
+                        raise GroupFault(fault)
+                elif notice.kind is Kind.INSPECTED and self._inspected is not None:
+                    done, answers = self._inspected
+                    answers.append(notice.json())
+                    done.set()
+            fault = self.monitor.check()
+            if fault is not None:
+                raise GroupFault(fault)
+            self._check_suspected(group)
+            self.recovery.settle()
+            if self.monitor.probe_due():
+                group.tell(Kind.PROBE, {})
+                self.monitor.note_probe_sent()
+
+    def _check_suspected(self, group: ProcessGroup) -> None:
+        """Acts on what the engine's thread met, after a moment in which its cause may show itself."""
+        if not self._suspected:
+            return
+        (of, fault), self._suspected = self._suspected[0], []
+        if of is not group:
+            return
+        deadline = time.monotonic() + 0.3
+        while time.monotonic() < deadline:
+            for notice in group.poll(TICK):
+                fault_if_error(group, notice, serving=True)
+        raise GroupFault(fault)
+
+    # --- faults
+
+    def _answer(self, fault: Fault) -> bool:
+        """Kills the group and decides how to go on; False gives up."""
+        fault = dataclasses.replace(fault, serving=self._owner.is_serving)
+        group = self._group
+        assert group is not None
+        by_rank = {rank.rank: rank.slot for rank in group.ranks}
+        slots = tuple(by_rank[rank] for rank in fault.ranks if by_rank.get(rank, -1) >= 0)
+        self._owner.lose()
+        self.last_fault, self._suspected = fault, []
+        self._events.record(
+            EventKind.PROBE_FAILED if "probe" in fault.message else EventKind.FAULT,
+            str(fault),
+            generation=self.generation,
+            rank=fault.ranks[0] if len(fault.ranks) == 1 else None,
+            fault=fault.kind.value,
+            slots=list(slots),
+        )
+        self._owner.metrics.count("faults")
+        began = time.monotonic()
+        self._kill()
+        self.parts = {"kill_seconds": round(time.monotonic() - began, 3)}
+        self._events.record(EventKind.KILLED, "the group was killed", generation=self.generation, **self.parts)
+        decision = self.recovery.decide(fault, slots, can_exclude=self._can_exclude(slots))
+        if decision.action is Action.FAIL:
+            self._give_up(fault, decision)
+            return False
+        self._apply(decision)
+        self._owner.metrics.count("restarts")
+        self._delay_until = time.monotonic() + decision.delay
+        return True
+
+    def _apply(self, decision: Decision) -> None:
+        if decision.action is Action.SHRINK_BATCH:
+            self._batch_divisor *= 2
+        elif decision.action is Action.SHRINK_PAGES:
+            self._page_divisor *= 2
+        elif decision.action is Action.EXCLUDE:
+            for slot in decision.slots:
+                self._allocator.exclude(slot, decision.reason)
+                self.recovery.forget_slot(slot)
+        if decision.action is not Action.RESTART:
+            message = f"{decision.action}: {decision.reason}"
+            self._events.record(EventKind.DEGRADED, message, generation=self.generation)
+
+    def _can_exclude(self, slots: tuple[int, ...]) -> bool:
+        """Whether enough devices would be left, and the model would fit them."""
+        left = [slot for slot in self._slots if slot not in self._allocator.excluded and slot not in slots]
+        width = min(self._config.tensor_parallel_size, len(left))
+        if width < self._options.min_tensor_parallel_size or width < 1:
+            return False
+        try:
+            return width == self.width or self._allocator.fits(width)
+        except (ConfigError, MemoryBudgetError):
+            return False
+
+    def _give_up(self, fault: Fault, decision: Decision) -> None:
+        self._events.record(EventKind.EXHAUSTED, decision.reason, generation=self.generation)
+        if fault.kind is FaultKind.REFUSED and fault.error_type:
+            self._owner.fail(remote_error(fault.error_type, fault.message))
+            return
+        self._owner.fail(RecoveryExhaustedError(f"gave up: {decision.reason}. The last fault was {fault}"))
+
+    # --- ends
+
+    def _drain(self) -> None:
+        """Lets the ranks end by themselves."""
+        group = self._group
+        if group is None or not self._closing.is_set():
+            return
+        self._events.record(EventKind.DRAINING, "the ranks are told to end", generation=self.generation)
+        with self._owner.sockets_at_rest():
+            group.close_steps()
+        group.wait_ended(self._options.drain_timeout_sec)
+
+    def _kill(self) -> None:
+        group, self._group = self._group, None
+        self.monitor.watch(None)
+        if group is None:
+            return
+        try:
+            group.kill_processes()
+            with self._owner.sockets_at_rest():
+                group.release()
+        except (GroupFault, FrameError, OSError) as error:
+            self._events.record(EventKind.KILLED, f"killing the group: {error!r}", severity="error")
