@@ -66,8 +66,10 @@ class MemoryPlan:
         )
 
 
-def device_bytes(mesh_width: int, device: jax.Device) -> int:
-    """Memory of one device; CPU devices share the host's, or the control group's limit of it."""
+def device_bytes(sharers: int, device: jax.Device) -> int:
+    """Memory of one device; `sharers` CPU devices, of however many processes, share the host's, or the control
+    group's limit of it.
+    """
     stats = device.memory_stats() if device.platform != "cpu" else None
     if stats and "bytes_limit" in stats:
         return int(stats["bytes_limit"])
@@ -76,7 +78,7 @@ def device_bytes(mesh_width: int, device: jax.Device) -> int:
         total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
     except (OSError, ValueError):
         pass  # no control group, or no limit ("max")
-    return total // mesh_width
+    return total // sharers
 
 
 def weight_bytes(shapes: Iterable[jax.ShapeDtypeStruct]) -> int:
