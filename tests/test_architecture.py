@@ -38,6 +38,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "sampling",
         "batch",
         "memory",
+        "executables",
         "step",
     ),
     # 2: weights
@@ -76,6 +77,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "engine.engine",
         "engine.open",
         "engine.runner",
+        "engine.process",
         "engine.local",
     ),
     # 4: orchestration
@@ -126,7 +128,7 @@ WITHOUT_JAX = (
     "checkpoint.default_model",
     "checkpoint.gguf_metadata",
     "checkpoint.gguf_tokenizer",
-    *(name for name in FLOORS[3] if name not in ("engine.runner", "engine.local")),
+    *(name for name in FLOORS[3] if name not in ("engine.runner", "engine.process", "engine.local")),
     *(name for name in FLOORS[4] if name not in RANK_FILES),
 )
 JAX_PACKAGES = {"jax", "jaxlib", "flax", "orbax", "optax", "chex"}

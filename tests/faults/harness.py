@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from tests.support import GOLDEN
 
 from ryzanstein_jax import AsyncLLM, SamplingParams
 from ryzanstein_jax.request import CompletionOutput
+from tests.support import GOLDEN
 
 MODEL = str(GOLDEN / "llama")
 SETTINGS: dict[str, Any] = dict(
@@ -145,7 +145,7 @@ def nothing_left_behind(*folders: Path) -> Iterator[None]:
         if not left or time.monotonic() > deadline:
             break
         time.sleep(0.05)
-    assert not left
+    assert not left, f"left behind (before, after): {left}"
 
 
 def _no_more(after: Any, before: Any) -> bool:

@@ -7,6 +7,9 @@ import time
 from collections.abc import Iterator
 
 import pytest
+
+from ryzanstein_jax import AsyncLLM
+from ryzanstein_jax.request import CompletionOutput
 from tests.faults.harness import (
     MODEL,
     OPTIONS,
@@ -20,9 +23,6 @@ from tests.faults.harness import (
     run_streams,
     same,
 )
-
-from ryzanstein_jax import AsyncLLM
-from ryzanstein_jax.request import CompletionOutput
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +57,7 @@ def test_killed_ranks_are_replaced(
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_stopped_rank_is_named_and_replaced(
-    llm: AsyncLLM, expected: list[list[CompletionOutput]], rank: int
-) -> None:
+def test_a_stopped_rank_is_named_and_replaced(llm: AsyncLLM, expected: list[list[CompletionOutput]], rank: int) -> None:
     stopped: list[float] = []
 
     def stop() -> None:
@@ -85,9 +83,7 @@ def test_a_rank_that_dies_while_nothing_runs_is_replaced_at_once(
 
 
 @pytest.mark.parametrize("phase", ["joining", "loading"])
-def test_a_rank_that_dies_during_recovery(
-    llm: AsyncLLM, expected: list[list[CompletionOutput]], phase: str
-) -> None:
+def test_a_rank_that_dies_during_recovery(llm: AsyncLLM, expected: list[list[CompletionOutput]], phase: str) -> None:
     assert llm.orchestrator is not None
     generation = llm.orchestrator.status()["generation"]
     hits: list[int] = []
@@ -114,9 +110,7 @@ def test_a_rank_that_dies_during_recovery(
     assert llm.orchestrator.status()["generation"] >= generation + 2
 
 
-def test_the_agent_that_dies_is_replaced_with_its_ranks(
-    llm: AsyncLLM, expected: list[list[CompletionOutput]]
-) -> None:
+def test_the_agent_that_dies_is_replaced_with_its_ranks(llm: AsyncLLM, expected: list[list[CompletionOutput]]) -> None:
     def kill_agent() -> None:
         (parent,) = {_parent(pid) for pid in pids(llm)}
         os.kill(parent, signal.SIGKILL)
