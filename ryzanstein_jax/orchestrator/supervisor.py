@@ -19,6 +19,7 @@ from ryzanstein_jax.errors import (
 )
 from ryzanstein_jax.metrics import Metrics
 from ryzanstein_jax.model.spec import ModelSpec
+from ryzanstein_jax.orchestrator.devices import DeviceReport
 from ryzanstein_jax.orchestrator.events import EventKind, EventLog
 from ryzanstein_jax.orchestrator.fault import Fault, FaultKind, GroupFault
 from ryzanstein_jax.orchestrator.frames import FrameError, Kind
@@ -77,6 +78,7 @@ class Supervisor:
         self.recovery = FailureRecoveryManager(self._options)
         self._allocator = ResourceAllocator(spec, config)
         self._slots = visible_slots(config.tensor_parallel_size)
+        self._devices: dict[int, DeviceReport] = {}  # by slot, of all generations
         self._logs: RunLogs | None = None
         self._manager: ProcessGroupManager | None = None
         self._group: ProcessGroup | None = None
@@ -192,7 +194,7 @@ class Supervisor:
         if len(devices) != width:
             remedy = f"{len(devices)} devices were found"
             raise ConfigError("tensor_parallel_size", width, remedy)
-        self._allocator.place(devices, width)  # refuses what can't fit before anything is loaded
+        self._check_fit(devices)
         self.joined = True
         self._owner.tell_joined()
         self._may_load.wait()
@@ -216,6 +218,12 @@ class Supervisor:
             **self.parts,
         )
         self._owner.serve(group, degraded=degraded)
+
+    def _check_fit(self, devices: list[DeviceReport]) -> None:
+        """Refuses a model that can't fit before anything is loaded. A device not seen yet counts as those seen."""
+        self._devices |= dict(zip(self.slots, devices, strict=True))
+        everything = [self._devices.get(slot, devices[0]) for slot in range(1 + max(self._slots))]
+        self._allocator.place(everything, len(devices))
 
     def _choose_slots(self) -> tuple[int, ...]:
         """Devices for the next generation: as many as configured, or as there are left."""

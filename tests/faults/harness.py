@@ -133,7 +133,7 @@ def nothing_left_behind(*folders: Path) -> Iterator[None]:
             "descriptors": len(os.listdir("/proc/self/fd")),
             "shared memory": set(os.listdir("/dev/shm")),
             "connections": len(psutil.Process().net_connections("tcp")),
-            "files": {str(path) for folder in folders for path in folder.rglob("*")},
+            "files": {str(path) for folder in folders for path in folder.rglob("*") if path.name != ".lock"},
         }
 
     before = state()
