@@ -1,4 +1,4 @@
-"""Faults inside a rank: exceptions, memory, a failing device, a rank that is stuck; and what the policy makes of them."""
+"""Faults in a rank: exceptions, memory, a failing device, a rank that is stuck; and what the policy makes of them."""
 
 import os
 import shutil
