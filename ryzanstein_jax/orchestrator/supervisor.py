@@ -215,6 +215,7 @@ class Supervisor:
             pages=ready.limits.num_pages,
             **self.parts,
         )
+        self.recovery.note_ready()
         self._owner.serve(group, degraded=degraded)
 
     def _choose_slots(self) -> tuple[int, ...]:
