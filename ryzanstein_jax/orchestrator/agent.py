@@ -69,8 +69,9 @@ class Agent:
                 with contextlib.suppress(BlockingIOError):
                     os.read(self._wake, 4096)
                 self._reap()
-                for kind, payload in self._channel.pending():
-                    self._obey(kind, payload)
+                # One by one, since descriptors are those of all frames taken: two orders must not mix theirs.
+                while (frame := self._channel.receive(0.0)) is not None:
+                    self._obey(*frame)
         except ChannelClosedError:
             pass
         finally:

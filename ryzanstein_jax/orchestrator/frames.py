@@ -7,6 +7,7 @@ parse closes the channel, and the other side of that channel counts as failed.
 from __future__ import annotations
 
 import array
+import contextlib
 import hmac
 import json
 import os
@@ -26,6 +27,8 @@ _MAGIC = b"RYZF"
 _NONCE_BYTES = 32
 #: Most descriptors that travel with a frame.
 MAX_FDS = 8
+#: What `pending` takes in one call, in bytes, each frame counting for so many more: a flood must not hold its reader.
+_MOST_PENDING, _FRAME_COST = 1 << 20, 256
 
 
 class Kind(IntEnum):
@@ -93,12 +96,14 @@ class Channel:
         """Sends a frame, and descriptors with it where the socket is a local one.
 
         Raises:
-            ChannelClosedError: the other side is gone, or took nothing for `timeout` seconds.
+            ChannelClosedError: the other side is gone, or did not take all of it within `timeout` seconds.
         """
+        if len(fds) > MAX_FDS:
+            raise FrameError(f"{len(fds)} descriptors are more than the {MAX_FDS} that travel with a frame")
         if len(payload) > _LARGE.get(kind, _SMALL):
             raise FrameError(f"a frame {kind.name} of {len(payload)} bytes is over its limit")
         parts = memoryview(b"".join((_HEADER.pack(_MAGIC, kind, len(payload)), payload)))
-        deadline = time.monotonic() + timeout
+        size, deadline = len(parts), time.monotonic() + timeout
         with self._sending:
             try:
                 while parts:
@@ -112,7 +117,9 @@ class Channel:
                     except BlockingIOError:
                         left = deadline - time.monotonic()
                         if left <= 0 or not _wait(self._socket, select.POLLOUT, left):
-                            raise ChannelClosedError(f"nothing was taken for {timeout:g} s") from None
+                            if len(parts) < size:  # the next frame would stand in the middle of this one
+                                self._socket.shutdown(socket.SHUT_RDWR)
+                            raise ChannelClosedError(f"it was not taken within {timeout:g} s") from None
             except OSError as error:
                 raise ChannelClosedError(f"the other side is gone: {error}") from error
 
@@ -135,14 +142,25 @@ class Channel:
                 return None
 
     def pending(self) -> list[tuple[Kind, bytes]]:
-        """All frames that have arrived; raises as `receive`, but only once what came before has been returned."""
-        frames = []
+        """Frames that have arrived; raises as `receive`, but only once what came before has been returned.
+
+        After a flood some are left in the socket, which stays readable for them.
+        """
+        frames, room = [], _MOST_PENDING
         try:
-            while (frame := self.receive(0.0)) is not None:
+            while room > 0 and (frame := self.receive(0.0)) is not None:
+                frames.append(frame)
+                room -= _FRAME_COST + len(frame[1])
+            while (frame := self._take()) is not None:  # for what was read already nobody would be woken
                 frames.append(frame)
         except ChannelClosedError:
             if not frames:
                 raise
+        except FrameError:
+            if not frames:
+                raise
+            with contextlib.suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RD)  # stays readable, so that whoever waits comes back for the error
         return frames
 
     def take_fds(self, count: int | None = None) -> list[int]:
@@ -175,8 +193,12 @@ class Channel:
         while True:
             try:
                 if self._socket.family == socket.AF_UNIX:
-                    data, fds, _, _ = socket.recv_fds(self._socket, 1 << 18, MAX_FDS)
+                    data, fds, flags, _ = socket.recv_fds(self._socket, 1 << 18, MAX_FDS)
+                    for fd in fds:  # `recv_fds` ignores MSG_CMSG_CLOEXEC
+                        os.set_inheritable(fd, False)
                     self._fds += fds
+                    if len(self._fds) > 2 * MAX_FDS or flags & socket.MSG_CTRUNC:
+                        raise FrameError("more descriptors came than any frame needs")
                 else:
                     data = self._socket.recv(1 << 18)
             except BlockingIOError:

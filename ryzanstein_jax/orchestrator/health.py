@@ -25,6 +25,8 @@ _PATIENCE = 10.0
 _STOPPED_SECONDS = 1.0
 #: A silent process that is busy counts as hung all the same after so many heartbeat timeouts.
 _BUSY_TIMEOUTS = 12
+#: Share of a processor that a silent process must use to count as busy.
+_BUSY_SHARE = 0.1
 #: A pause of the leader itself, in seconds, after which nobody else is blamed for being late.
 _OWN_PAUSE = 1.0
 _TICKS = os.sysconf("SC_CLK_TCK")
@@ -54,6 +56,8 @@ class StepClock:
     def end(self) -> None:
         """The oldest step is done."""
         with self._lock:
+            if not self._running:
+                return  # the group was lost just now, which the engine learns in a moment
             now = time.monotonic()
             tokens, _, oldest_since = self._running.popleft()
             seconds, size = now - oldest_since, tokens.bit_length()
@@ -88,7 +92,8 @@ class StepClock:
     def forgive(self, seconds: float) -> None:
         """The leader itself stood still for so long: that is nobody's fault."""
         with self._lock:
-            self._running = deque((tokens, begun, since + seconds) for tokens, begun, since in self._running)
+            now = time.monotonic()
+            self._running = deque((tokens, begun, min(now, since + seconds)) for tokens, begun, since in self._running)
 
     def summary(self) -> dict[str, float | int | None]:
         with self._lock:
@@ -179,7 +184,7 @@ class HealthMonitor:
 
     def _state(self, rank: Rank, now: float) -> str:
         """What a rank is, by its process's state and its heartbeats."""
-        if rank.pid > 0 and _process_state(rank.pid) == "T":
+        if rank.pid > 0 and _process_state(rank.pid) in ("T", "t"):
             self._stopped_since.setdefault(rank.rank, now)
             return "stopped"
         self._stopped_since.pop(rank.rank, None)
@@ -190,12 +195,13 @@ class HealthMonitor:
         used = _cpu_seconds(rank.pid)
         if used is None or silence > _BUSY_TIMEOUTS * self._config.heartbeat_timeout_sec:
             return "silent"
-        # One processor's work since a while ago: Python could not take its turn, but something goes on.
+        # Work since a while ago: Python could not take its turn, but something goes on. On a crowded machine that is
+        # far less than a whole processor; who hangs uses next to nothing.
         since, before = self._cpu.setdefault(rank.rank, (now, used))
         if now - since < 1.0:
             return "busy"
         self._cpu[rank.rank] = (now, used)
-        return "busy" if used - before > 0.5 * (now - since) else "silent"
+        return "busy" if used - before > _BUSY_SHARE * (now - since) else "silent"
 
     def _check_step(self, group: ProcessGroup, now: float) -> Fault | None:
         seconds = self.clock.overdue(now)
@@ -217,7 +223,7 @@ class HealthMonitor:
         for rank in group.ranks:
             rank.beat_time += pause
         self.clock.forgive(pause)
-        self._stopped_since = {}
+        self._stopped_since, self._cpu = {}, {}
         if self._probe_sent is not None:
             self._probe_sent += pause
 
@@ -242,10 +248,13 @@ class HealthMonitor:
         return None
 
     def _check_probe(self, group: ProcessGroup, now: float) -> Fault | None:
-        if self._probe_sent is None or now - self._probe_sent <= self._config.probe_timeout_sec:
+        if self._probe_sent is None:
             return None
         if self.clock.summary()["steps_running"]:
-            return None  # the device is at work on a step, which has a deadline of its own
+            # The device is at work on a step, which has a deadline of its own; the probe's turn comes after it.
+            self._probe_sent = now
+        if now - self._probe_sent <= self._config.probe_timeout_sec:
+            return None
         message = f"its device did not answer the probe within {self._config.probe_timeout_sec:g} s"
         return Fault(FaultKind.DEVICE, message, tuple(sorted(self._probe_missing)))
 

@@ -61,7 +61,7 @@ class FailureRecoveryManager:
         self._in_a_row = 0
         self._by_slot: Counter[int] = Counter()
         self._out_of_memory = 0
-        self._last_fault = -float("inf")
+        self._well_since: float | None = None
         self.num_faults = self.num_restarts = 0
 
     def decide(self, fault: Fault, slots: tuple[int, ...], *, can_exclude: bool) -> Decision:
@@ -74,8 +74,8 @@ class FailureRecoveryManager:
         """
         now = self._clock()
         self.settle()
+        self._well_since = None
         self.num_faults += 1
-        self._last_fault = now
         if fault.kind is FaultKind.REFUSED:
             return Decision(Action.FAIL, reason="a restart would meet the same error")
         if not self._config.enable_auto_restart:
@@ -88,11 +88,16 @@ class FailureRecoveryManager:
                 reason=f"{len(self._attempts)} restarts within {self._config.restart_window_sec:g} s, which is all "
                 "that max_restart_attempts allows",
             )
+        if self._in_a_row >= self._config.max_restart_attempts:  # a start may take longer than the window
+            return Decision(
+                Action.FAIL,
+                reason=f"{self._in_a_row} restarts in a row, which is all that max_restart_attempts allows",
+            )
         self._attempts.append(now)
         decision = self._answer(fault, slots, can_exclude)
         delay = 0.0
         if self._in_a_row:
-            delay = min(_MOST_BACKOFF, self._config.restart_backoff_sec * 2.0 ** (self._in_a_row - 1))
+            delay = min(_MOST_BACKOFF, self._config.restart_backoff_sec * 2.0 ** min(self._in_a_row - 1, 64))
         self._in_a_row += 1
         self.num_restarts += 1
         return replace(decision, delay=delay, attempt=len(self._attempts))
@@ -113,13 +118,17 @@ class FailureRecoveryManager:
                 return Decision(Action.EXCLUDE, slots=slots, reason=f"device {slots[0]} failed {count} times")
         return Decision(Action.RESTART, reason="it may work this time")
 
+    def note_ready(self) -> None:
+        """A group serves: from here on it is well. The time that starting took does not count."""
+        self._well_since = self._clock()
+
     def note_progress(self) -> None:
         """Steps run again: the next fault is a first one, as far as waiting goes."""
         self._in_a_row = 0
 
     def settle(self) -> None:
         """Forgets earlier faults once the group has been well for long enough."""
-        if self._clock() - self._last_fault >= self._config.healthy_period_sec:
+        if self._well_since is not None and self._clock() - self._well_since >= self._config.healthy_period_sec:
             self._attempts.clear()
             self._by_slot.clear()
             self._in_a_row = self._out_of_memory = 0

@@ -217,6 +217,7 @@ class Supervisor:
             pages=ready.limits.num_pages,
             **self.parts,
         )
+        self.recovery.note_ready()
         self._owner.serve(group, degraded=degraded)
 
     def _check_fit(self, devices: list[DeviceReport]) -> None:
