@@ -1,4 +1,4 @@
-"""Executors that lose their devices: at chosen calls, or whenever a certain request is in a step; and what they prove."""
+"""Executors that lose their devices, at chosen calls or whenever some request is in a step; and a client of theirs."""
 
 from __future__ import annotations
 
