@@ -63,7 +63,12 @@ class Notice:
     payload: bytes
 
     def json(self) -> dict[str, Any]:
-        return parse_json(self.payload)
+        """Raises GroupFault where it is no JSON object."""
+        try:
+            return parse_json(self.payload)
+        except FrameError as error:
+            fault = Fault(FaultKind.EXCEPTION, f"it sent what no rank sends: {error}", (self.rank,))
+            raise GroupFault(fault) from error
 
 
 class ProcessGroup:

@@ -255,7 +255,9 @@ class Supervisor:
                 fault_if_error(group, notice, serving=True)
                 if notice.kind is Kind.PROBED:
                     problems = notice.json().get("problems")
-                    fault = self.monitor.note_probed(notice.rank, list(map(str, problems or ())))
+                    if not isinstance(problems, list):
+                        problems = ["it tells no list of problems"]
+                    fault = self.monitor.note_probed(notice.rank, list(map(str, problems)))
                     if fault is not None:
                         raise GroupFault(fault)
                 elif notice.kind is Kind.INSPECTED and self._inspected is not None:
