@@ -18,7 +18,7 @@ oldest_jax := jax==0.10.*
 # What may differ between versions of JAX, Python and numpy and runs in seconds.
 oldest_tests := $(wildcard tests/test_architecture.py tests/test_plan.py tests/test_config.py tests/test_request.py \
 	tests/test_metrics.py tests/test_sharding.py tests/test_kv_cache.py tests/test_attention.py tests/test_sampling.py \
-	tests/test_step.py tests/model tests/engine)
+	tests/test_step.py tests/test_memory.py tests/model tests/engine tests/orchestrator)
 
 help:
 	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile

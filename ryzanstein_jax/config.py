@@ -92,7 +92,7 @@ class OrchestratorConfig:
     Attributes:
         timeout_sec: most that a start may take, from the first process to ready. Loading and compiling count,
             so give large models more.
-        health_check_interval_sec: how often each device runs a tiny computation while no step does.
+        health_check_interval_sec: how often each device runs a tiny computation to show that it can.
         probe_timeout_sec: most that this computation may take.
         heartbeat_interval_sec: how often a rank tells that it lives and what it has done.
         heartbeat_timeout_sec: silence after which a rank counts as hung, unless it is busy on its processor.
@@ -109,7 +109,8 @@ class OrchestratorConfig:
         min_tensor_parallel_size: narrowest group to go on with.
         process_per_device: one process for each device; False makes one for all devices of this machine.
         drain_timeout_sec: how long `cleanup` lets processes end by themselves.
-        log_dir: folder of the ranks' logs; None makes one in the cache folder and removes it after a clean end.
+        log_dir: folder in which each run keeps its ranks' logs, in a folder of its own that goes with a clean end;
+            None is `logs` in the user's cache folder.
         log_bytes: most that the logs of one rank take.
     """
 

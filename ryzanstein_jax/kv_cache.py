@@ -44,11 +44,15 @@ class KVCache(NamedTuple):
     @classmethod
     def zeros(cls, shapes: KVCache) -> KVCache:
         """Allocates the cache on its devices."""
-        make = jax.jit(
+        return cls.zeros_of(shapes)()
+
+    @classmethod
+    def zeros_of(cls, shapes: KVCache) -> Any:
+        """The jitted program that allocates the cache."""
+        return jax.jit(
             lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes),
             out_shardings=jax.tree.map(lambda s: s.sharding, shapes),
         )
-        return make()
 
 
 def bytes_per_page(spec: ModelSpec, sizes: PaddedSizes, page_size: int, dtype: jnp.dtype) -> int:

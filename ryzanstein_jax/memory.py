@@ -22,12 +22,12 @@ from ryzanstein_jax.model.spec import ModelSpec
 from ryzanstein_jax.sharding import PaddedSizes, partition_spec
 
 
-def device_bytes(mesh_width: int, device: jax.Device) -> int:
-    """Memory of one device; CPU devices share the host's, or the control group's limit of it."""
+def device_bytes(sharers: int, device: jax.Device) -> int:
+    """Memory of one device; `sharers` CPU devices share the host's, or the control group's limit of it."""
     stats = device.memory_stats() if device.platform != "cpu" else None
     if stats and "bytes_limit" in stats:
         return int(stats["bytes_limit"])
-    return host_bytes() // mesh_width
+    return host_bytes() // sharers
 
 
 def weight_bytes(shapes: Iterable[jax.ShapeDtypeStruct]) -> int:

@@ -18,11 +18,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ryzanstein_jax.batch import Bucket, FullRowLayout, RowLayout, StepLayout, attention_plan
+from ryzanstein_jax.executables import ExecutableStore, environment_of, program_key
 from ryzanstein_jax.kv_cache import KVCache
+from ryzanstein_jax.memory import memory_analysis
 from ryzanstein_jax.metrics import Metrics
 from ryzanstein_jax.model.decoder import Decoder
 from ryzanstein_jax.model.params import param_specs
@@ -72,7 +75,8 @@ class StepPrograms:
         mesh: the devices.
         shapes: sizes of steps and cache.
         rules: logical axis -> mesh axis.
-        metrics: counts compiles (`compiles`).
+        metrics: counts programs (`compiles`), and those of them that the store had (`executables_loaded`).
+        store: keeps compiled programs for the next start; None keeps none.
     """
 
     def __init__(
@@ -85,10 +89,13 @@ class StepPrograms:
         *,
         rules: dict[str, str | None] = MEGATRON_RULES,
         metrics: Metrics | None = None,
+        store: ExecutableStore | None = None,
     ):
         self.spec, self.sizes, self.dtype, self.mesh, self.shapes = spec, sizes, jnp.dtype(dtype), mesh, shapes
         self.rules = rules
         self.metrics = metrics if metrics is not None else Metrics()
+        self.store = store
+        self._environment = environment_of(mesh) if store is not None else {}
         self.replicated = NamedSharding(mesh, PartitionSpec())
         self.cache_shapes = KVCache.shapes(
             spec, sizes, mesh, num_pages=shapes.num_pages, page_size=shapes.page_size, dtype=self.dtype
@@ -232,19 +239,19 @@ class StepPrograms:
             progress: called with how many are done, and of how many.
         """
         rows = sorted({bucket.sampled_rows for bucket in self.shapes.buckets})
-        jobs: list[tuple[dict[Any, Any], Any, Callable[[], jax.stages.Lowered]]] = []
+        jobs: list[tuple[dict[Any, Any], str, Any, Callable[[], jax.stages.Lowered]]] = []
         # The largest first, so that none of them is left alone at the end.
         for bucket in sorted(self.shapes.buckets, reverse=True, key=lambda b: b.tokens):
-            jobs.append((self.forwards, bucket, partial(self.lower_forward, bucket)))
+            jobs.append((self.forwards, "forward", bucket, partial(self.lower_forward, bucket)))
         for count in reversed(rows):
-            jobs.append((self.full_samplers, count, partial(self.lower_full_sample, count)))
-            jobs.append((self.samplers, count, partial(self.lower_sample, count)))
+            jobs.append((self.full_samplers, "full_sample", count, partial(self.lower_full_sample, count)))
+            jobs.append((self.samplers, "sample", count, partial(self.lower_sample, count)))
         done = 0
         progress(0, len(jobs))
 
-        def compile_one(table: dict[Any, Any], key: Any, lower: Callable[[], jax.stages.Lowered]) -> None:
-            if key not in table:
-                table[key] = lower().compile()
+        def compile_one(table: dict[Any, Any], kind: str, size: Any, lower: Callable[[], jax.stages.Lowered]) -> None:
+            if size not in table:
+                table[size] = self._compiled(kind, size, lower)
             self.metrics.count("compiles")
 
         with ThreadPoolExecutor(max_workers=max(2, min(16, os.cpu_count() or 1))) as pool:
@@ -252,6 +259,68 @@ class StepPrograms:
                 future.result()
                 done += 1
                 progress(done, len(jobs))
+
+    def temporaries(self, bucket: Bucket) -> int:
+        """Bytes that the forward of a bucket takes on a device besides its arguments and results.
+
+        Compiles it, unless it was or the store knows; `compile_all` doesn't compile it again.
+
+        Raises:
+            MemoryBudgetError: this backend doesn't tell.
+        """
+        if self.store is not None and bucket not in self.forwards:
+            known = self.store.temporaries(self._key("forward", bucket))
+            if known is not None:
+                return known
+        if bucket not in self.forwards:
+            self.forwards[bucket] = self._compiled("forward", bucket, partial(self.lower_forward, bucket))
+        return int(memory_analysis(self.forwards[bucket]).temp_size_in_bytes)
+
+    def make_cache(self) -> KVCache:
+        """Allocates the KV cache on the devices; all zero."""
+
+        def lower() -> jax.stages.Lowered:
+            return KVCache.zeros_of(self.cache_shapes).lower()
+
+        cache: KVCache = self._compiled("cache", 0, lower)()
+        return cache
+
+    def least(self, value: int) -> int:
+        """The smallest of the values, int32, that the processes of the mesh give; each of them has to call it."""
+        if jax.process_count() == 1:
+            return value
+        each = named_sharding(self.mesh, ("vocab",), self.rules)
+
+        def lower() -> jax.stages.Lowered:
+            return jax.jit(jnp.min, out_shardings=self.replicated).lower(self._array(self.mesh.size, sharding=each))
+
+        given = jax.make_array_from_callback((self.mesh.size,), each, lambda index: np.full(1, value, np.int32))
+        return int(self._compiled("least", 0, lower)(given))
+
+    def replicate(self, values: np.ndarray) -> jax.Array:
+        """An array that every process gives alike, on all devices. For start-up: a step takes numpy arrays as they are.
+
+        `jax.device_put` would compare it between the processes.
+        """
+        return jax.make_array_from_callback(values.shape, self.replicated, lambda index: values[index])
+
+    def _compiled(self, kind: str, size: object, lower: Callable[[], jax.stages.Lowered]) -> jax.stages.Compiled:
+        """A program from the store, or else compiled and put there."""
+        if self.store is None:
+            return lower().compile()
+        key = self._key(kind, size)
+        compiled = self.store.load(key, self.mesh)
+        if compiled is not None:
+            self.metrics.count("executables_loaded")
+            return compiled
+        return self.store.compile(key, lower())
+
+    def _key(self, kind: str, size: object) -> str:
+        program = {
+            "kind": kind, "size": size, "spec": self.spec, "sizes": self.sizes, "dtype": self.dtype,
+            "shapes": self.shapes, "rules": sorted(self.rules.items()),
+        }  # fmt: skip
+        return program_key(program, self._environment)
 
     def bucket_of(self, plan: StepPlan) -> Bucket:
         """The cheapest bucket that holds a plan."""

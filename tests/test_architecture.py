@@ -38,6 +38,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "sampling",
         "batch",
         "memory",
+        "executables",
         "step",
     ),
     # 2: weights
@@ -76,6 +77,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "engine.engine",
         "engine.open",
         "engine.runner",
+        "engine.process",
         "engine.local",
     ),
     # 4: orchestration
@@ -90,6 +92,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "orchestrator.devices",
         "orchestrator.resources",
         "orchestrator.telemetry",
+        "orchestrator.gpu_problems",
+        "orchestrator.gpu_watch",
         "orchestrator.fault",
         "orchestrator.frames",
         "orchestrator.status",
@@ -125,7 +129,7 @@ WITHOUT_JAX = (
     "checkpoint.default_model",
     "checkpoint.gguf_metadata",
     "checkpoint.gguf_tokenizer",
-    *(name for name in FLOORS[3] if name not in ("engine.runner", "engine.local")),
+    *(name for name in FLOORS[3] if name not in ("engine.runner", "engine.process", "engine.local")),
     *(name for name in FLOORS[4] if name not in RANK_FILES),
 )
 JAX_PACKAGES = {"jax", "jaxlib", "flax", "orbax", "optax", "chex"}
@@ -234,6 +238,17 @@ def test_importing_them_does_not_import_jax() -> None:
     command = [sys.executable, "-c", code, ",".join(JAX_PACKAGES), *names]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+#: Imported by name at run time, and only if it is there: extras that bring it, for those who can use it.
+OPTIONAL = {"nvidia-ml-py": ("cuda12", "cuda13", "test")}
+
+
+def test_every_optional_dependency_is_declared() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for name, places in OPTIONAL.items():
+        for extra in places:
+            assert any(re.match(rf"{name}\b", requirement) for requirement in extras[extra]), (name, extra)
 
 
 def test_every_dependency_is_declared() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import dataclasses
 import tempfile
 import time
@@ -15,16 +13,17 @@ import jax
 
 from ryzanstein_jax.batch import bucket_ladder
 from ryzanstein_jax.budget import resolve_dtype, resolve_fraction
-from ryzanstein_jax.cache import cache_dir
 from ryzanstein_jax.checkpoint.assemble import LoadReport, load_params
 from ryzanstein_jax.checkpoint.dummy import dummy_params
 from ryzanstein_jax.checkpoint.files import ModelFiles, open_source
 from ryzanstein_jax.checkpoint.snapshot_writer import save_snapshot
 from ryzanstein_jax.config import EngineConfig
 from ryzanstein_jax.engine.open import open_model, save_tokenizer
+from ryzanstein_jax.engine.process import prepare_process, settle_host_memory
 from ryzanstein_jax.engine.report import SetupReport
 from ryzanstein_jax.engine.runner import Runner
-from ryzanstein_jax.memory import device_bytes, memory_analysis, plan_memory, weight_bytes
+from ryzanstein_jax.errors import ConfigError
+from ryzanstein_jax.memory import device_bytes, plan_memory, weight_bytes
 from ryzanstein_jax.metrics import Metrics
 from ryzanstein_jax.model.decoder import Decoder
 from ryzanstein_jax.model.params import ParamSpec, param_specs
@@ -39,6 +38,9 @@ Progress = Callable[[str, int, int], None]
 
 class LocalExecutor:
     """Compiles, loads and runs a model on devices of this process.
+
+    In a job of several processes (`jax.distributed`) the mesh spans the devices of all: every process makes one
+    executor of the same configuration and submits the same plans in the same order, and each gets the whole result.
 
     Args:
         config: the settings.
@@ -60,9 +62,13 @@ class LocalExecutor:
         *,
         progress: Progress = lambda what, done, total: None,
     ):
-        prepare_process(config)
+        store = prepare_process(config)
         mesh = make_mesh(config.tensor_parallel_size)
-        device = mesh.devices.flat[0]
+        if not mesh.local_devices:
+            remedy = f"process {jax.process_index()} has none of the first devices; start fewer processes, or widen"
+            raise ConfigError("tensor_parallel_size", config.tensor_parallel_size, remedy)
+        # Of a mesh over several processes this one sees and measures its own devices only.
+        device = mesh.local_devices[0]
         self.metrics = Metrics()
         self.spec, self.mesh = spec, mesh
         dtype = resolve_dtype(config.dtype, spec.dtype, device.platform)
@@ -83,21 +89,20 @@ class LocalExecutor:
         )
 
         def make_programs(shapes: StepShapes) -> StepPrograms:
-            return StepPrograms(spec, sizes, dtype, mesh, shapes, metrics=self.metrics)
+            return StepPrograms(spec, sizes, dtype, mesh, shapes, metrics=self.metrics, store=store)
 
         programs = make_programs(shapes)
         progress("measuring memory", 0, 1)
-        largest = programs.lower_forward(buckets[-1]).compile()
-        probe = memory_analysis(largest)
+        temporaries = programs.temporaries(buckets[-1])
         progress("measuring memory", 1, 1)
         memory = plan_memory(
             spec=spec,
             sizes=sizes,
             dtype=dtype,
-            total=device_bytes(len(jax.local_devices()), device),
+            total=device_bytes(sum(d.process_index == jax.process_index() for d in mesh.devices.flat), device),
             memory_fraction=resolve_fraction(config.memory_fraction, device.platform),
             weights=weight_bytes(programs.param_shapes),
-            temporaries=probe.temp_size_in_bytes,
+            temporaries=temporaries,
             # Of two steps, and copies made whole for the sampler.
             logits=4 * max_rows * sizes.vocab * 4,
             page_size=config.page_size,
@@ -105,10 +110,9 @@ class LocalExecutor:
             max_num_seqs=config.max_num_seqs,
             num_pages=config.num_pages,
         )
-        if config.num_pages is not None:
-            programs.forwards[buckets[-1]] = largest  # measured at its real size already
-        else:
-            shapes = StepShapes(**{**vars(shapes), "num_pages": memory.num_pages})
+        if config.num_pages is None:
+            memory = dataclasses.replace(memory, num_pages=programs.least(memory.num_pages))
+            shapes = dataclasses.replace(shapes, num_pages=memory.num_pages)
             programs = make_programs(shapes)
 
         with ThreadPoolExecutor(1) as loader:
@@ -119,7 +123,7 @@ class LocalExecutor:
             params, load, load_seconds = loading.result()
             progress("loading weights", 1, 1)
         if device.platform == "cpu":
-            _settle_host_memory()
+            settle_host_memory()
         self._programs = programs
         self._runner = Runner(programs, params, max_model_len=max_model_len)
         self.limits = self._runner.limits
@@ -131,6 +135,7 @@ class LocalExecutor:
             load_seconds=load_seconds,
             compile_seconds=compile_seconds,
             num_programs=self.metrics.counter("compiles"),
+            num_loaded=self.metrics.counter("executables_loaded"),
         )
 
     def submit(self, plan: StepPlan) -> None:
@@ -186,30 +191,3 @@ def _load(
     ordered = tuple(arrays[path] for path in programs.param_paths)
     jax.block_until_ready(ordered)
     return ordered, load, time.perf_counter() - began
-
-
-def prepare_process(config: EngineConfig) -> None:
-    """Settings of JAX and of the process that must be made before the first computation."""
-    with contextlib.suppress(RuntimeError):  # the devices are already made: `make_mesh` checks their number
-        if jax.config.jax_num_cpu_devices < config.tensor_parallel_size:
-            jax.config.update("jax_num_cpu_devices", config.tensor_parallel_size)
-    if config.compilation_cache_dir != "":
-        folder = config.compilation_cache_dir or str(cache_dir() / "compiled")
-        jax.config.update("jax_compilation_cache_dir", folder)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-
-
-def _settle_host_memory() -> None:
-    """Returns what compiling and loading left, and from now on has glibc reuse large blocks.
-
-    XLA allocates a program's temporaries anew for each run. Returned each time, every page of them
-    costs a page fault: reading the KV cache measured two to six times slower.
-    """
-    m_trim_threshold, m_top_pad, m_mmap_threshold = -1, -2, -3
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        libc = ctypes.CDLL(None)
-        libc.malloc_trim(0)
-        libc.mallopt(m_mmap_threshold, 1 << 30)
-        libc.mallopt(m_trim_threshold, 1 << 30)
-        libc.mallopt(m_top_pad, 64 << 20)

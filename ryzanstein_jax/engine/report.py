@@ -20,6 +20,7 @@ class SetupReport:
         load: what loading the weights cost, as the fields of `checkpoint.assemble.LoadReport`; empty for dummy weights.
         load_seconds, compile_seconds: wall time; the two overlap.
         num_programs: how many programs were compiled or found in the cache.
+        num_loaded: how many of them, and of the few that only starting needs, were found as executables.
     """
 
     device: str
@@ -29,6 +30,7 @@ class SetupReport:
     load_seconds: float
     compile_seconds: float
     num_programs: int
+    num_loaded: int
 
     def __str__(self) -> str:
         return (

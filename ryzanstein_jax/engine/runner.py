@@ -10,7 +10,6 @@ import numpy as np
 from ryzanstein_jax.batch import Bucket, FullRowLayout, RowLayout, StepLayout
 from ryzanstein_jax.engine.executor import ExecutorLimits
 from ryzanstein_jax.errors import EngineClosedError
-from ryzanstein_jax.kv_cache import KVCache
 from ryzanstein_jax.plan import StepPlan, StepResult
 from ryzanstein_jax.sampling import SampleResult
 from ryzanstein_jax.step import Params, StepPrograms
@@ -29,15 +28,14 @@ class Runner:
         self._programs, self._params = programs, params
         self._metrics = programs.metrics
         shapes = programs.shapes
-        self._cache = KVCache.zeros(programs.cache_shapes)
+        self._cache = programs.make_cache()
         self._previous: jax.Array | np.ndarray = np.zeros(shapes.max_rows, np.int32)
         self._layouts: dict[Bucket, StepLayout] = {bucket: shapes.layout(bucket) for bucket in shapes.buckets}
         rows = {bucket.sampled_rows for bucket in shapes.buckets}
         self._row_layouts: dict[int, RowLayout] = {count: RowLayout(count) for count in rows}
         self._full_layouts: dict[int, FullRowLayout] = {count: shapes.full_layout(count) for count in rows}
         self._allow_all = {
-            count: jax.device_put(np.full((count, programs.mask_words), 0xFFFFFFFF, np.uint32), programs.replicated)
-            for count in rows
+            count: programs.replicate(np.full((count, programs.mask_words), 0xFFFFFFFF, np.uint32)) for count in rows
         }
         self._in_flight: deque[tuple[StepPlan, jax.Array, SampleResult | None]] = deque()
         self.limits = ExecutorLimits(

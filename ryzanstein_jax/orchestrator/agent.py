@@ -79,7 +79,7 @@ class Agent:
 
     def _obey(self, kind: Kind, payload: bytes) -> None:
         if kind is Kind.SPAWN:
-            self._spawn(RankSpec.from_json(parse_json(payload)), self._channel.take_fds())
+            self._spawn(RankSpec.from_json(parse_json(payload)), self._channel.take_fds(3))
         elif kind is Kind.KILL:
             wanted = parse_json(payload).get("pids")
             # Only its own children: the leader's word is no reason to signal anybody else.

@@ -133,8 +133,10 @@ class EventLog:
             ConfigError: the kind or severity is unknown, there are too many extra fields, or one is named like
                 a field of `Event`.
         """
-        if kind not in EventKind:
-            raise ConfigError("kind", kind, f"use one of {', '.join(EventKind)}")
+        try:
+            kind = EventKind(kind)
+        except ValueError as error:
+            raise ConfigError("kind", kind, f"use one of {', '.join(EventKind)}") from error
         severity = severity or _DEFAULT_SEVERITY.get(kind, "info")
         if severity not in SEVERITIES:
             raise ConfigError("severity", severity, f"use one of {', '.join(SEVERITIES)}")
@@ -144,7 +146,7 @@ class EventLog:
         # Times are taken under the lock, so that the history is in their order.
         with self._lock:
             now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-            event = Event(now, time.monotonic(), EventKind(kind), severity, generation, rank, _cut(str(message)), plain)
+            event = Event(now, time.monotonic(), kind, severity, generation, rank, _cut(str(message)), plain)
             self._events.append(event)
         # Outside of it: a handler may be slow, and may even ask for the history.
         logger.log(SEVERITIES[severity], "%s", event.to_json())

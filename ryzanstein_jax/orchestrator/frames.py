@@ -163,9 +163,9 @@ class Channel:
                 self._socket.shutdown(socket.SHUT_RD)  # stays readable, so that whoever waits comes back for the error
         return frames
 
-    def take_fds(self) -> list[int]:
-        """Descriptors that came with the frames received so far; the caller closes them."""
-        taken, self._fds = self._fds, []
+    def take_fds(self, count: int | None = None) -> list[int]:
+        """The first so many descriptors that came with frames, or all; the caller closes them."""
+        taken, self._fds = self._fds[:count], [] if count is None else self._fds[count:]
         return taken
 
     def _take(self) -> tuple[Kind, bytes] | None:

@@ -242,6 +242,9 @@ class MultiGPUOrchestrator:
                 fault = Fault(FaultKind.EXCEPTION, f"it sent what is no result: {error}", (0,))
             else:
                 return
+        with self._lock:
+            if self._group is group:  # nobody shall use it again, also before the supervisor has seen it for itself
+                self._group, self._stale = None, True
         self._supervisor.suspect(group, fault)
         raise DeviceStateLostError(str(fault))
 
@@ -345,6 +348,7 @@ class MultiGPUOrchestrator:
             "restarts": self.recovery.num_restarts,
             "failure": None if self._failure is None else str(self._failure),
             "health": self.monitor.get_health_summary(),
+            "gpus": supervisor.gpus(),
             "events": [vars_of(event) for event in self.events.list(last=100)],
         }
 

@@ -19,9 +19,12 @@ from ryzanstein_jax.errors import (
 )
 from ryzanstein_jax.metrics import Metrics
 from ryzanstein_jax.model.spec import ModelSpec
+from ryzanstein_jax.orchestrator.devices import DeviceReport
 from ryzanstein_jax.orchestrator.events import EventKind, EventLog
 from ryzanstein_jax.orchestrator.fault import Fault, FaultKind, GroupFault
 from ryzanstein_jax.orchestrator.frames import FrameError, Kind
+from ryzanstein_jax.orchestrator.gpu_problems import Finding
+from ryzanstein_jax.orchestrator.gpu_watch import GpuWatch
 from ryzanstein_jax.orchestrator.health import HealthMonitor
 from ryzanstein_jax.orchestrator.launch import (
     TICK,
@@ -36,6 +39,7 @@ from ryzanstein_jax.orchestrator.logs import RunLogs
 from ryzanstein_jax.orchestrator.process_group import ProcessGroup, ProcessGroupManager
 from ryzanstein_jax.orchestrator.recovery import Action, Decision, FailureRecoveryManager
 from ryzanstein_jax.orchestrator.resources import ResourceAllocator
+from ryzanstein_jax.orchestrator.telemetry import GpuTelemetry
 
 _INSPECT_SECONDS = 60.0
 
@@ -77,6 +81,8 @@ class Supervisor:
         self.recovery = FailureRecoveryManager(self._options)
         self._allocator = ResourceAllocator(spec, config)
         self._slots = visible_slots(config.tensor_parallel_size)
+        self._gpus: GpuWatch | None = None
+        self._devices: dict[int, DeviceReport] = {}  # by slot, of all generations
         self._logs: RunLogs | None = None
         self._manager: ProcessGroupManager | None = None
         self._group: ProcessGroup | None = None
@@ -128,6 +134,8 @@ class Supervisor:
             group.wake()
         if self._thread.is_alive():
             self._thread.join()
+        if self._gpus is not None:
+            self._gpus.close()
         if self._manager is not None:
             self._manager.close()
         if self._logs is not None:
@@ -158,6 +166,9 @@ class Supervisor:
         try:
             self._logs = RunLogs(self._options.log_dir, max_file_bytes=max(1 << 16, self._options.log_bytes // 2))
             self._manager = ProcessGroupManager(self._options, self._logs)
+            self._gpus = GpuWatch(
+                GpuTelemetry(), self._options.health_check_interval_sec, self._events, self._pids, self._note_unusable
+            )
             while not self._closing.is_set():
                 try:
                     self._bring_up()
@@ -195,7 +206,7 @@ class Supervisor:
         if len(devices) != width:
             remedy = f"{len(devices)} devices were found"
             raise ConfigError("tensor_parallel_size", width, remedy)
-        self._allocator.place(devices, width)  # refuses what can't fit before anything is loaded
+        self._check_fit(devices)
         self.joined = True
         self._owner.tell_joined()
         launch.wait(self._may_load)
@@ -220,6 +231,12 @@ class Supervisor:
         )
         self.recovery.note_ready()
         self._owner.serve(group, degraded=degraded)
+
+    def _check_fit(self, devices: list[DeviceReport]) -> None:
+        """Refuses a model that can't fit before anything is loaded. A device not seen yet counts as those seen."""
+        self._devices |= dict(zip(self.slots, devices, strict=True))
+        everything = [self._devices.get(slot, devices[0]) for slot in range(1 + max(self._slots))]
+        self._allocator.place(everything, len(devices))
 
     def _choose_slots(self) -> tuple[int, ...]:
         """Devices for the next generation: as many as configured, or as there are left."""
@@ -271,6 +288,23 @@ class Supervisor:
             for notice in group.poll(TICK):
                 fault_if_error(group, notice, serving=True)
         raise GroupFault(fault)
+
+    # --- GPUs seen from outside
+
+    def gpus(self) -> list[dict[str, Any]]:
+        """The last look at each GPU; none where NVML is not there."""
+        return self._gpus.summary() if self._gpus is not None else []
+
+    def _pids(self) -> list[int]:
+        group = self._group
+        return [rank.pid for rank in group.ranks] if group is not None else []
+
+    def _note_unusable(self, finding: Finding) -> None:
+        """A GPU that only a reset mends is left out from the next start on, which comes at once if a rank uses it."""
+        self._allocator.exclude(finding.gpu, finding.text)
+        group = self._group
+        if group is not None and (hit := [rank.rank for rank in group.ranks if rank.slot == finding.gpu]):
+            self.suspect(group, Fault(FaultKind.DEVICE, finding.text, tuple(hit)))
 
     # --- faults
 

@@ -147,8 +147,11 @@ def test_a_mesh_that_padding_spoils_is_passed_over():
             if fitting:
                 assert made.degraded_width(have).width == max(fitting)
             else:
-                with pytest.raises(MemoryBudgetError, match=f"no width from 1 to {have} fits; at {have}: "):
+                with pytest.raises(MemoryBudgetError, match=f"no width from 1 to {have} fits; at {have}: ") as refused:
                     made.degraded_width(have)
+                with pytest.raises(MemoryBudgetError) as widest:
+                    made._place(have)
+                assert str(refused.value).endswith(str(widest.value))
 
 
 def test_the_advice_of_a_refusal_holds():

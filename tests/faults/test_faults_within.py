@@ -1,0 +1,190 @@
+"""Faults in a rank: exceptions, memory, a failing device, a rank that is stuck; and what the policy makes of them."""
+
+import os
+import shutil
+import threading
+import time
+from typing import Any
+
+import pytest
+
+from ryzanstein_jax import AsyncLLM
+from ryzanstein_jax.errors import PoisonRequestError, RecoveryExhaustedError, UnsupportedModelError, WeightsError
+from ryzanstein_jax.orchestrator.status import FAULT_VARIABLE
+from ryzanstein_jax.request import CompletionOutput
+from tests.faults.harness import (
+    MODEL,
+    OPTIONS,
+    SETTINGS,
+    Watch,
+    await_state,
+    events,
+    kill,
+    nothing_left_behind,
+    pids,
+    run_streams,
+    same,
+)
+
+
+@pytest.fixture(scope="module")
+def expected() -> list[list[CompletionOutput]]:
+    """Of an engine in this process, on one device: processes and widths change nothing."""
+    llm = AsyncLLM(MODEL, **{**SETTINGS, "tensor_parallel_size": 1})
+    try:
+        return run_streams(llm)
+    finally:
+        llm.close()
+
+
+@pytest.fixture
+def fault(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Plans faults for ranks that are started from now on."""
+    return lambda text: monkeypatch.setenv(FAULT_VARIABLE, text)
+
+
+def start(**options: Any) -> AsyncLLM:
+    settings = {**SETTINGS, **options.pop("settings", {})}
+    return AsyncLLM(MODEL, executor="processes", orchestrator={**OPTIONS, **options}, **settings)
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [("exception:1:1:12", "exception"), ("oom:0:1:12", "out_of_memory"), ("stuck:1:1:12", "hang")],
+    ids=["exception", "out of memory", "stuck"],
+)
+def test_a_step_that_fails_on_one_rank(
+    expected: list[list[CompletionOutput]], fault: Any, text: str, kind: str
+) -> None:
+    fault(text)
+    with nothing_left_behind():
+        llm = start(step_timeout_sec=2.0)
+        same(run_streams(llm), expected)
+        (event,) = events(llm, "fault")
+        assert event["fault"] == kind
+        assert event["rank"] == int(text.split(":")[1])
+        assert llm.orchestrator is not None
+        limits = llm.orchestrator.limits
+        if kind == "out_of_memory":
+            # Smaller steps from now on, of the same programs.
+            assert llm.orchestrator.state == "degraded"
+            assert limits.max_num_seqs == SETTINGS["max_num_seqs"] // 2
+        else:
+            assert llm.orchestrator.state == "ready"
+        llm.close()
+
+
+def test_a_device_that_fails_its_probe(expected: list[list[CompletionOutput]], fault: Any) -> None:
+    fault("probe:1:1:0")
+    llm = start(health_check_interval_sec=0.1)
+    same(run_streams(llm), expected)
+    await_state(llm, "ready")
+    deadline = time.monotonic() + 20.0
+    while not events(llm, "probe_failed") and time.monotonic() < deadline:
+        time.sleep(0.05)
+    (event,) = events(llm, "probe_failed")
+    assert (event["fault"], event["rank"]) == ("device", 1)
+    await_state(llm, "ready")
+    same(run_streams(llm), expected)
+    llm.close()
+
+
+def test_a_device_that_fails_again_and_again_is_left_out(expected: list[list[CompletionOutput]]) -> None:
+    llm = start(max_device_failures=2, settings={"tensor_parallel_size": 3})
+    for _ in range(2):
+        same(run_streams(llm, Watch(60, lambda: kill(llm, 1))), expected)
+    assert llm.orchestrator is not None
+    status = llm.orchestrator.status()
+    assert (status["state"], status["width"], status["slots"]) == ("degraded", 2, [0, 2])
+    assert list(status["excluded"]) == ["1"]
+    same(run_streams(llm), expected)
+    llm.close()
+
+
+def test_a_request_that_kills_is_ended_alone(expected: list[list[CompletionOutput]], fault: Any) -> None:
+    """Every generation dies in its first step, so whoever runs alone is to blame, until the fault is taken away."""
+    fault("exception:0:-1:0")
+    llm = start()
+
+    def mend() -> None:
+        while not events(llm, "fault") or events(llm, "fault")[-1]["generation"] < 3:
+            time.sleep(0.002)
+        os.environ[FAULT_VARIABLE] = ""
+
+    thread = threading.Thread(target=mend)
+    thread.start()
+    with pytest.raises(PoisonRequestError):
+        run_streams(llm)
+    thread.join()
+    same(run_streams(llm), expected)
+    llm.close()
+
+
+def test_when_no_restart_is_left_every_request_ends_with_an_error(fault: Any) -> None:
+    fault("exception:0:-1:3")
+    with nothing_left_behind():
+        llm = start(max_restart_attempts=2)
+        began = time.monotonic()
+        with pytest.raises(RecoveryExhaustedError, match="max_restart_attempts"):
+            run_streams(llm)
+        assert time.monotonic() - began < 60.0
+        await_state(llm, "failed")
+        with pytest.raises(RecoveryExhaustedError):
+            run_streams(llm)
+        llm.close()
+
+
+def test_without_restarts_the_first_fault_is_the_last(fault: Any) -> None:
+    fault("exception:1:-1:3")
+    llm = start(enable_auto_restart=False)
+    with pytest.raises(RecoveryExhaustedError, match="enable_auto_restart"):
+        run_streams(llm)
+    llm.close()
+
+
+def test_a_start_that_fails_once_is_repeated(expected: list[list[CompletionOutput]], fault: Any) -> None:
+    fault("start:1:1:0")
+    llm = start()
+    assert events(llm, "fault")[0]["fault"] == "start"
+    same(run_streams(llm), expected)
+    llm.close()
+
+
+@pytest.mark.parametrize("phase", ["joining", "loading"])
+def test_a_rank_that_is_killed_in_the_first_start(
+    expected: list[list[CompletionOutput]], monkeypatch: pytest.MonkeyPatch, phase: str
+) -> None:
+    from ryzanstein_jax.orchestrator.orchestrator import MultiGPUOrchestrator
+
+    hits: list[int] = []
+    initialize = MultiGPUOrchestrator.initialize
+
+    def watched(self: MultiGPUOrchestrator) -> None:
+        def hunt() -> None:
+            while not hits:
+                ranks = self.status()["health"]["ranks"]
+                if ranks and ranks[-1]["pid"] > 0 and ranks[-1]["phase"] == phase:
+                    hits.append(ranks[-1]["pid"])
+                    os.kill(ranks[-1]["pid"], 9)
+                time.sleep(0.0005)
+
+        threading.Thread(target=hunt, daemon=True).start()
+        initialize(self)
+
+    monkeypatch.setattr(MultiGPUOrchestrator, "initialize", watched)
+    llm = start()
+    assert hits and hits[0] not in pids(llm)
+    same(run_streams(llm), expected)
+    llm.close()
+
+
+def test_what_no_restart_can_mend_is_the_users_error(tmp_path: Any) -> None:
+    """The ranks' own typed error comes back at once, and nothing stays behind."""
+    shutil.copy(f"{MODEL}/config.json", tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
+    with nothing_left_behind():
+        with pytest.raises(WeightsError):
+            AsyncLLM(str(tmp_path), executor="processes", orchestrator=OPTIONS, **SETTINGS)
+        (tmp_path / "config.json").write_text('{"architectures": ["Unknown"], "model_type": "unknown"}')
+        with pytest.raises(UnsupportedModelError):
+            AsyncLLM(str(tmp_path), executor="processes", orchestrator=OPTIONS, **SETTINGS)

@@ -1,0 +1,123 @@
+"""Ranks are killed and stopped, in whatever they do: all streams end with the tokens of an undisturbed run."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from ryzanstein_jax import AsyncLLM
+from ryzanstein_jax.request import CompletionOutput
+from tests.faults.harness import (
+    MODEL,
+    OPTIONS,
+    SETTINGS,
+    Watch,
+    await_state,
+    events,
+    kill,
+    nothing_left_behind,
+    pids,
+    run_streams,
+    same,
+)
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AsyncLLM]:
+    folder = tmp_path_factory.mktemp("logs")
+    with nothing_left_behind(folder):
+        made = AsyncLLM(MODEL, executor="processes", orchestrator={**OPTIONS, "log_dir": str(folder)}, **SETTINGS)
+        yield made
+        made.close()
+
+
+@pytest.fixture(scope="module")
+def expected(llm: AsyncLLM) -> list[list[CompletionOutput]]:
+    return run_streams(llm)
+
+
+def test_an_undisturbed_run_repeats(llm: AsyncLLM, expected: list[list[CompletionOutput]]) -> None:
+    same(run_streams(llm), expected)
+
+
+@pytest.mark.parametrize("ranks", [(0,), (-1,), ()], ids=["first", "last", "all"])
+@pytest.mark.parametrize("tokens", [1, 150], ids=["in prefill", "in decode"])
+def test_killed_ranks_are_replaced(
+    llm: AsyncLLM, expected: list[list[CompletionOutput]], ranks: tuple[int, ...], tokens: int
+) -> None:
+    before = pids(llm)
+    watch = Watch(tokens, lambda: kill(llm, *ranks))
+    same(run_streams(llm, watch), expected)
+    assert watch.done and not set(before) & set(pids(llm))
+    recovered = events(llm, "recovered")[-1]
+    assert recovered["requests"] > 0 and recovered["seconds"] > 0
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_stopped_rank_is_named_and_replaced(llm: AsyncLLM, expected: list[list[CompletionOutput]], rank: int) -> None:
+    stopped: list[float] = []
+
+    def stop() -> None:
+        stopped.append(time.monotonic())
+        kill(llm, rank, with_signal=signal.SIGSTOP)
+
+    same(run_streams(llm, Watch(100, stop)), expected)
+    fault = events(llm, "fault")[-1]
+    assert (fault["fault"], fault["rank"]) == ("hang", rank)
+    assert fault["monotonic"] - stopped[0] < 10.0
+
+
+def test_a_rank_that_dies_while_nothing_runs_is_replaced_at_once(
+    llm: AsyncLLM, expected: list[list[CompletionOutput]]
+) -> None:
+    before, killed = pids(llm), time.monotonic()
+    kill(llm, 1)
+    await_state(llm, "recovering")
+    assert events(llm, "fault")[-1]["monotonic"] - killed < 1.0
+    await_state(llm, "ready")
+    assert not set(before) & set(pids(llm))
+    same(run_streams(llm), expected)
+
+
+@pytest.mark.parametrize("phase", ["joining", "loading"])
+def test_a_rank_that_dies_during_recovery(llm: AsyncLLM, expected: list[list[CompletionOutput]], phase: str) -> None:
+    assert llm.orchestrator is not None
+    generation = llm.orchestrator.status()["generation"]
+    hits: list[int] = []
+
+    def again() -> None:
+        deadline = time.monotonic() + 60.0
+        while time.monotonic() < deadline and not hits:
+            health = llm.orchestrator.status()["health"]  # type: ignore[union-attr]
+            rank = health["ranks"][-1] if health["ranks"] else None
+            if health["generation"] > generation and rank and rank["phase"] == phase and rank["pid"] > 0:
+                hits.append(rank["pid"])
+                os.kill(rank["pid"], signal.SIGKILL)
+            time.sleep(0.001)
+
+    second = threading.Thread(target=again)
+
+    def first() -> None:
+        kill(llm, 0)
+        second.start()
+
+    same(run_streams(llm, Watch(100, first)), expected)
+    second.join()
+    assert hits
+    assert llm.orchestrator.status()["generation"] >= generation + 2
+
+
+def test_the_agent_that_dies_is_replaced_with_its_ranks(llm: AsyncLLM, expected: list[list[CompletionOutput]]) -> None:
+    def kill_agent() -> None:
+        (parent,) = {_parent(pid) for pid in pids(llm)}
+        os.kill(parent, signal.SIGKILL)
+
+    same(run_streams(llm, Watch(100, kill_agent)), expected)
+
+
+def _parent(pid: int) -> int:
+    with open(f"/proc/{pid}/stat", encoding="ascii") as file:
+        return int(file.read().rpartition(")")[2].split()[1])
