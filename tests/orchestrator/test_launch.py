@@ -23,7 +23,7 @@ CONFIG = EngineConfig("none", tensor_parallel_size=2)
 LIMITS = dataclasses.asdict(limits())
 READY = {
     "limits": LIMITS,
-    "report": SetupReport("cpu", "float32", MemoryPlan(*range(1, 9)), {}, 0.1, 0.2, 3).to_json(),
+    "report": SetupReport("cpu", "float32", MemoryPlan(*range(1, 9)), {}, 0.1, 0.2, 3, 3).to_json(),
     "counters": {"compiles": 4},
 }
 
