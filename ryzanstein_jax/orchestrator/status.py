@@ -60,6 +60,7 @@ class RankSpec:
         heartbeat_interval_sec: how often it tells that it lives.
         environment: variables to set before anything of JAX starts.
         fault: a fault to make on purpose; see `faults`.
+        ticket: what a rank of another machine shows when it dials the leader; "" for one that inherits its sockets.
     """
 
     rank: int
@@ -74,6 +75,7 @@ class RankSpec:
     heartbeat_interval_sec: float
     environment: dict[str, str] = field(default_factory=dict)
     fault: str = ""
+    ticket: str = field(default="", repr=False)
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> RankSpec:
@@ -88,6 +90,7 @@ class RankSpec:
             all(isinstance(number, int) for number in (*numbers, spec.width))
             and isinstance(spec.address, str)
             and isinstance(spec.fault, str)
+            and isinstance(spec.ticket, str)
             and isinstance(environment, dict)
             and all(isinstance(text, str) for pair in environment.items() for text in pair)
         ):
