@@ -149,7 +149,7 @@ class Hosts:
 
     def prepare(self) -> LocalAgent | None:
         """Starts this machine's agent anew where it died, and returns while it imports; None where it takes no part."""
-        if self._local is not None and self._local.process.poll() is not None:
+        if self._local is not None and (self._local.process.poll() is not None or not self._local.is_up):
             self._local.close()
             self._local = LocalAgent(self._num_local)
         return self._local

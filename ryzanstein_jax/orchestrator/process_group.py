@@ -112,6 +112,8 @@ class ProcessGroup:
                 rank.exit_code = int(value["code"])
                 ended = ended or (None if rank.ended else rank)
         if not agent.is_up:
+            with contextlib.suppress(KeyError, ValueError):
+                self._selector.unregister(agent.channel)
             raise GroupFault(self._agent_gone(agent))
         return self._note_end(ended) if ended is not None else []
 
@@ -269,7 +271,7 @@ class ProcessGroup:
         """Of a rank that was only just asked for, the pid is still on its way."""
         deadline = time.monotonic() + timeout
         for agent in self._agents:
-            if not isinstance(agent, LocalAgent):
+            if not isinstance(agent, LocalAgent) or not agent.is_up:
                 continue
             poller = select.poll()
             poller.register(agent.channel, select.POLLIN)

@@ -47,15 +47,11 @@ class Rank:
     @property
     def is_gone(self) -> bool:
         """Whether its process has ended, or nothing can be known of it."""
-        if self.exit_code is not None or self.agent is None or not self.agent.is_up:
-            return True
-        if not self.agent.is_local:
-            return False
-        if self.pidfd < 0:
-            return True
-        poller = select.poll()
-        poller.register(self.pidfd, select.POLLIN)
-        return bool(poller.poll(0))
+        if self.pidfd >= 0:
+            poller = select.poll()
+            poller.register(self.pidfd, select.POLLIN)
+            return bool(poller.poll(0))
+        return self.exit_code is not None or self.agent is None or self.agent.is_local or not self.agent.is_up
 
 
 @dataclass(frozen=True)
