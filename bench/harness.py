@@ -175,19 +175,26 @@ class Bench:
             "runs": results,
             **more,
             **self.notes,
-            **self.settings,
-            "machine": describe_machine(),
             "versions": {k: v for side in sides for k, v in side.description["versions"].items()},
             "devices": {side.name: side.description["device"] for side in sides},
-            "commit": self.commit,
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
         notes = ", ".join(f"{key} {value:.4g}" for key, value in {**more, **self.notes}.items())
         self.notes = {}
         table = Table("figure", *figures, *(["times better"] if ratio else []), title=name, caption=notes or None)
         for n in names:
             cells = [f"{values[n]:.4g}" for values in figures.values()]
             table.add_row(n, *cells, *([f"{ratio[n]:.2f}"] if ratio else []))
+        self.write(name, content, table)
+
+    def write(self, name: str, content: Mapping[str, Any], table: Table) -> None:
+        """Writes a result with what it was measured on, and keeps its table for the end of the run."""
+        content = {
+            **content,
+            **self.settings,
+            "machine": describe_machine(),
+            "commit": self.commit,
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
         self.tables.append(table)

@@ -28,6 +28,10 @@ app = typer.Typer(
 Model = Annotated[str, typer.Argument(help='Hugging Face id, folder, .gguf file, snapshot, or "smollm2".')]
 Width = Annotated[int, typer.Option("--tensor-parallel-size", "--tp", "-t", help="Devices to shard over.")]
 Dtype = Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")]
+Executor = Annotated[
+    str,
+    typer.Option(help='"local", or "processes": a worker process for each device, replaced when it dies.'),
+]
 LoadFormat = Annotated[str, typer.Option(help=f"One of {', '.join(LOAD_FORMATS)}.")]
 MaxLen = Annotated[int | None, typer.Option("--max-model-len", help="Longest prompt and completion, in tokens.")]
 MaxSeqs = Annotated[int | None, typer.Option("--max-num-seqs", help="Most sequences in a step.")]
@@ -79,6 +83,7 @@ def generate(
     memory_fraction: Fraction = None,
     max_num_seqs: MaxSeqs = None,
     load_format: LoadFormat = "auto",
+    executor: Executor = "local",
 ) -> None:
     """Completes prompts, all in one batch, and prints the completions in order."""
     prompts = list(prompt or [])
@@ -90,7 +95,7 @@ def generate(
     # Programs are compiled for as many sequences as there can be.
     seqs = max_num_seqs or min(len(prompts), 32)
     settings = _settings(tp, dtype, max_model_len, memory_fraction, load_format=load_format, max_num_seqs=seqs)
-    with LLM(model, **settings) as llm:
+    with LLM(model, executor=executor, **settings) as llm:
         params = _params(llm, max_tokens, temperature=temperature, top_p=top_p, seed=seed)
         for output in llm.generate(prompts, params):
             completion = output.outputs[0]
@@ -118,11 +123,13 @@ def chat(
     dtype: Dtype = "auto",
     max_model_len: MaxLen = None,
     memory_fraction: Fraction = None,
+    executor: Executor = "local",
 ) -> None:
     """Talks with a model. /reset begins again, /quit or end of input ends; Ctrl-C stops an answer."""
     opening = [{"role": "system", "content": system}] if system else []
     messages = list(opening)
-    with LLM(model, **_settings(tp, dtype, max_model_len, memory_fraction, max_num_seqs=1)) as llm:
+    settings = _settings(tp, dtype, max_model_len, memory_fraction, max_num_seqs=1)
+    with LLM(model, executor=executor, **settings) as llm:
         params = _params(llm, max_tokens, temperature=temperature, top_p=top_p, seed=seed)
         while True:
             try:

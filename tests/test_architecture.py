@@ -93,6 +93,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "orchestrator.resources",
         "orchestrator.telemetry",
         "orchestrator.gpu_problems",
+        "orchestrator.gpu_watch",
         "orchestrator.fault",
         "orchestrator.frames",
         "orchestrator.status",

@@ -80,7 +80,7 @@ class Engine:
         if self._closed:
             raise EngineClosedError("the engine is closed: make a new one")
         if self._gave_up is not None:
-            raise self._gave_up
+            raise self._gave_up.with_traceback(None)  # it would grow with each request that is turned away
         tokens = self._validate(request_id, prompt_token_ids, params, priority)
         seed = params.seed
         if seed is None:
@@ -248,7 +248,7 @@ class Engine:
         if executor.limits.vocab_size != self._limits.vocab_size:
             raise ConfigError("executor", f"vocab_size {executor.limits.vocab_size}", "recover with the same model")
         self._executor, self._limits = executor, executor.limits
-        self._failure, self._lost = None, False
+        self._failure, self._gave_up, self._lost = None, None, False
         for sequence in self._scheduler.reset(executor.limits):
             state = self._requests.get(sequence.request_id)
             if state is None:

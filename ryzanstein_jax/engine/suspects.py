@@ -1,8 +1,9 @@
 """Which sequences may be the reason that devices were lost, and who must run alone until that is known.
 
 A sequence gets a strike when the devices are lost while it is on them, and loses all strikes once it has got past
-where it was then. With two it runs alone: if it is innocent it gets past, if not its third strike convicts it, and
-nobody else with it.
+where it was then. With two it runs alone: if it is innocent it gets past, if not its fourth strike convicts it, and
+nobody else with it. Once alone is not enough: a device that fails three times in a row by itself would convict whoever
+was on it, just when the recovery policy leaves it out.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Iterable
 from ryzanstein_jax.engine.sequence import Sequence
 from ryzanstein_jax.errors import PoisonRequestError
 
-_ALONE, _CONVICTED = 2, 3
+_ALONE, _CONVICTED = 2, 4
 #: Tokens of a sequence that may have been on the devices, unknown to the scheduler, when they were lost.
 _IN_FLIGHT = 2
 
@@ -52,5 +53,5 @@ def conviction(sequence: Sequence) -> PoisonRequestError | None:
         return None
     return PoisonRequestError(
         f"request {sequence.request_id!r} was ended: the devices were lost {sequence.num_strikes} times in a row "
-        "while it ran, the last time with nothing beside it"
+        "while it ran, the last two times with nothing beside it"
     )

@@ -31,6 +31,10 @@ _TICK = 0.2
 class Hosts:
     """Knows who is here, and where each slot is.
 
+    Attributes:
+        num_local: devices of this machine that take part; they are the first slots.
+        is_remote: whether other machines may take part.
+
     Args:
         options: where to listen, the secret, and what this machine contributes.
         width: devices that are asked for.
@@ -46,7 +50,7 @@ class Hosts:
         local = options.local_devices
         if local is None:
             local = visible_gpus() if self.is_remote else visible_slots(width)
-        self._num_local = local
+        self.num_local = local
         self._local: LocalAgent | None = None
         self._joined = threading.Condition()  # guards what follows
         self._agents: dict[str, RemoteAgent] = {}
@@ -106,7 +110,7 @@ class Hosts:
     def names(self) -> dict[str, int]:
         """Devices of each machine that is here, by its name."""
         with self._joined:
-            local = {} if self._local is None else {self._local.name: self._num_local}
+            local = {} if self._local is None else {self._local.name: self.num_local}
             return local | {name: agent.num_slots for name, agent in sorted(self._agents.items())}
 
     def locate(self, slot: int) -> tuple[HostAgent, int]:
@@ -125,7 +129,7 @@ class Hosts:
         for name, agent in sorted(self._agents.items()):
             known = sum(place[0] == name for place in self._places)
             self._places += [(name, number) for number in range(known, agent.num_slots)]
-        here = {None: self._num_local} | {name: agent.num_slots for name, agent in self._agents.items()}
+        here = {None: self.num_local} | {name: agent.num_slots for name, agent in self._agents.items()}
         return tuple(slot for slot, (name, number) in enumerate(self._places) if number < here.get(name, 0))
 
     def _sweep(self) -> None:
@@ -151,7 +155,7 @@ class Hosts:
         """Starts this machine's agent anew where it died, and returns while it imports; None where it takes no part."""
         if self._local is not None and (self._local.process.poll() is not None or not self._local.is_up):
             self._local.close()
-            self._local = LocalAgent(self._num_local)
+            self._local = LocalAgent(self.num_local)
         return self._local
 
     # --- who comes, in the listener's threads

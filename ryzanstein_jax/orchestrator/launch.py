@@ -15,7 +15,7 @@ from ryzanstein_jax.engine.report import SetupReport
 from ryzanstein_jax.errors import RyzansteinError
 from ryzanstein_jax.orchestrator.devices import DeviceReport
 from ryzanstein_jax.orchestrator.fault import Fault, FaultKind, GroupFault
-from ryzanstein_jax.orchestrator.frames import FrameError, Kind, parse_json
+from ryzanstein_jax.orchestrator.frames import FrameError, Kind
 from ryzanstein_jax.orchestrator.health import HealthMonitor
 from ryzanstein_jax.orchestrator.process_group import Notice, ProcessGroup
 
@@ -88,14 +88,15 @@ class Launch:
         Raises:
             GroupFault: as `join`; or the ranks do not agree.
         """
-        joined, self._stage = self._stage - self._began, time.monotonic()
-        joined = self._stage - self._began
+        joined, self._stage = time.monotonic() - self._began, time.monotonic()
         self._group.tell(Kind.START, {"config": dataclasses.asdict(config)})
 
         def note(notice: Notice) -> None:
             if notice.kind is Kind.PROGRESS and notice.rank == 0:
                 value = notice.json()
-                progress(str(value.get("what"))[:40], int(value.get("done", 0)), int(value.get("total", 0)))
+                done, total = value.get("done"), value.get("total")
+                if type(done) is int and type(total) is int:
+                    progress(str(value.get("what"))[:40], done, total)
 
         answers = self._gather(Kind.READY, note)
         try:
@@ -104,6 +105,8 @@ class Launch:
                 if value["limits"] != first["limits"]:
                     message = f"it has other limits than rank 0: {value['limits']} and {first['limits']}"
                     raise GroupFault(Fault(FaultKind.REFUSED, message, (rank,)))
+            if not all(type(limit) is int and limit > 0 for limit in first["limits"].values()):
+                raise ValueError(first["limits"])
             return Ready(
                 limits=ExecutorLimits(**first["limits"]),
                 report=SetupReport.from_json(first["report"]),
@@ -111,8 +114,9 @@ class Launch:
                 join_seconds=joined,
                 load_seconds=time.monotonic() - self._stage,
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise GroupFault(Fault(FaultKind.START, f"it is ready in another language: {error!r}", (0,))) from error
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            message = f"it is ready in another language: {error!r:.500}"
+            raise GroupFault(Fault(FaultKind.START, message, (0,))) from error
 
     def _gather(self, kind: Kind, note: Callable[[Notice], None]) -> dict[int, dict[str, Any]]:
         """One frame of a kind from every rank."""
@@ -123,7 +127,7 @@ class Launch:
             for notice in self._group.poll(TICK):
                 fault_if_error(self._group, notice, serving=False)
                 if notice.kind is kind:
-                    answers[notice.rank] = parse_json(notice.payload)
+                    answers[notice.rank] = notice.json()
                 else:
                     note(notice)
             fault = self._monitor.check()

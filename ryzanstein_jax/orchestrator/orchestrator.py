@@ -348,6 +348,7 @@ class MultiGPUOrchestrator:
             "restarts": self.recovery.num_restarts,
             "failure": None if self._failure is None else str(self._failure),
             "health": self.monitor.get_health_summary(),
+            "gpus": supervisor.gpus(),
             "events": [vars_of(event) for event in self.events.list(last=100)],
         }
 

@@ -7,7 +7,8 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from ryzanstein_jax.orchestrator.frames import Channel, Kind, parse_json
+from ryzanstein_jax.orchestrator.fault import Fault, FaultKind, GroupFault
+from ryzanstein_jax.orchestrator.frames import Channel, FrameError, Kind, parse_json
 from ryzanstein_jax.orchestrator.host import HostAgent
 from ryzanstein_jax.orchestrator.logs import RankLogs
 from ryzanstein_jax.orchestrator.status import Heartbeat
@@ -63,4 +64,9 @@ class Notice:
     payload: bytes
 
     def json(self) -> dict[str, Any]:
-        return parse_json(self.payload)
+        """Raises GroupFault where it is no JSON object."""
+        try:
+            return parse_json(self.payload)
+        except FrameError as error:
+            fault = Fault(FaultKind.EXCEPTION, f"it sent what no rank sends: {error}", (self.rank,))
+            raise GroupFault(fault) from error

@@ -13,6 +13,8 @@ from ryzanstein_jax.orchestrator.frames import FrameError
 FAULT_VARIABLE = "RYZANSTEIN_FAULT"
 
 _HEARTBEAT = struct.Struct("<Bqqq")
+#: No number of a rank's description comes near it.
+_MOST = 1 << 32
 
 
 class Phase(IntEnum):
@@ -41,6 +43,8 @@ class Heartbeat:
         """Raises FrameError where the bytes are no heartbeat."""
         try:
             phase, received, dispatched, done = _HEARTBEAT.unpack(data)
+            if min(received, dispatched, done) < 0:
+                raise ValueError("a count below 0")
             return cls(Phase(phase), received, dispatched, done)
         except (struct.error, ValueError) as error:
             raise FrameError(f"not a heartbeat: {data[:40]!r}") from error
@@ -83,16 +87,31 @@ class RankSpec:
         try:
             spec = cls(**value)
         except TypeError as error:
-            raise FrameError(f"not a rank's description: {error}") from error
-        numbers = (spec.rank, spec.num_processes, spec.generation, spec.slot, spec.local_index, spec.local_count)
-        environment = spec.environment
+            raise FrameError(f"not a rank's description: {str(error)[:200]}") from error
+        numbers = (spec.rank, spec.generation, spec.local_index, spec.num_processes, spec.local_count, spec.width)
+        interval, environment = spec.heartbeat_interval_sec, spec.environment
         if not (
-            all(isinstance(number, int) for number in (*numbers, spec.width))
+            all(type(number) is int and 0 <= number < _MOST for number in numbers)
+            and type(spec.slot) is int
+            and -1 <= spec.slot < _MOST
+            and spec.rank < spec.num_processes
+            and spec.local_index < spec.local_count
+            and spec.width > 0
+            and type(spec.hosted) is bool
+            and type(interval) in (int, float)
+            and 0 < interval < _MOST
             and isinstance(spec.address, str)
             and isinstance(spec.fault, str)
             and isinstance(spec.ticket, str)
             and isinstance(environment, dict)
-            and all(isinstance(text, str) for pair in environment.items() for text in pair)
+            and all(_is_variable(name, text) for name, text in environment.items())
         ):
             raise FrameError(f"not a rank's description: {str(value)[:200]}")
         return spec
+
+
+def _is_variable(name: object, text: object) -> bool:
+    """Whether an environment takes it."""
+    if not (isinstance(name, str) and isinstance(text, str) and name) or "=" in name or "\0" in name + text:
+        return False
+    return not any("\ud800" <= letter <= "\udfff" for letter in name + text)  # half a character

@@ -23,6 +23,8 @@ from ryzanstein_jax.orchestrator.devices import DeviceReport
 from ryzanstein_jax.orchestrator.events import EventKind, EventLog
 from ryzanstein_jax.orchestrator.fault import Fault, FaultKind, GroupFault
 from ryzanstein_jax.orchestrator.frames import FrameError, Kind
+from ryzanstein_jax.orchestrator.gpu_problems import Finding
+from ryzanstein_jax.orchestrator.gpu_watch import GpuWatch
 from ryzanstein_jax.orchestrator.group_manager import ProcessGroupManager
 from ryzanstein_jax.orchestrator.health import HealthMonitor
 from ryzanstein_jax.orchestrator.launch import (
@@ -37,6 +39,7 @@ from ryzanstein_jax.orchestrator.logs import RunLogs
 from ryzanstein_jax.orchestrator.process_group import ProcessGroup
 from ryzanstein_jax.orchestrator.recovery import Action, Decision, FailureRecoveryManager
 from ryzanstein_jax.orchestrator.resources import ResourceAllocator
+from ryzanstein_jax.orchestrator.telemetry import GpuTelemetry
 
 _INSPECT_SECONDS = 60.0
 
@@ -78,6 +81,7 @@ class Supervisor:
         self.recovery = FailureRecoveryManager(self._options)
         self._allocator = ResourceAllocator(spec, config)
         self._slots: tuple[int, ...] = ()
+        self._gpus: GpuWatch | None = None
         self._devices: dict[int, DeviceReport] = {}  # by slot, of all generations
         self._logs: RunLogs | None = None
         self._manager: ProcessGroupManager | None = None
@@ -127,6 +131,8 @@ class Supervisor:
             group.wake()
         if self._thread.is_alive():
             self._thread.join()
+        if self._gpus is not None:
+            self._gpus.close()
         if self._manager is not None:
             self._manager.close()
         if self._logs is not None:
@@ -158,6 +164,9 @@ class Supervisor:
             self._logs = RunLogs(self._options.log_dir, max_file_bytes=max(1 << 16, self._options.log_bytes // 2))
             width = self._config.tensor_parallel_size
             self._manager = ProcessGroupManager(self._options, self._logs, width, self._events)
+            self._gpus = GpuWatch(
+                GpuTelemetry(), self._options.health_check_interval_sec, self._events, self._pids, self._note_unusable
+            )
             while not self._closing.is_set():
                 try:
                     self._bring_up()
@@ -248,7 +257,9 @@ class Supervisor:
                 fault_if_error(group, notice, serving=True)
                 if notice.kind is Kind.PROBED:
                     problems = notice.json().get("problems")
-                    fault = self.monitor.note_probed(notice.rank, list(map(str, problems or ())))
+                    if not isinstance(problems, list):
+                        problems = ["it tells no list of problems"]
+                    fault = self.monitor.note_probed(notice.rank, list(map(str, problems)))
                     if fault is not None:
                         raise GroupFault(fault)
                 elif notice.kind is Kind.INSPECTED and self._inspected is not None:
@@ -276,6 +287,25 @@ class Supervisor:
             for notice in group.poll(TICK):
                 fault_if_error(group, notice, serving=True)
         raise GroupFault(fault)
+
+    # --- GPUs seen from outside
+
+    def gpus(self) -> list[dict[str, Any]]:
+        """The last look at each GPU; none where NVML is not there."""
+        return self._gpus.summary() if self._gpus is not None else []
+
+    def _pids(self) -> list[int]:
+        group = self._group
+        return [rank.pid for rank in group.ranks] if group is not None else []
+
+    def _note_unusable(self, finding: Finding) -> None:
+        """A GPU that only a reset mends is left out from the next start on, which comes at once if a rank uses it."""
+        if self._manager is None or finding.gpu >= self._manager.hosts.num_local:
+            return  # this machine's GPUs are the first slots, as far as they take part
+        self._allocator.exclude(finding.gpu, finding.text)
+        group = self._group
+        if group is not None and (hit := [rank.rank for rank in group.ranks if rank.slot == finding.gpu]):
+            self.suspect(group, Fault(FaultKind.DEVICE, finding.text, tuple(hit)))
 
     # --- faults
 

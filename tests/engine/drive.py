@@ -3,11 +3,13 @@
 from itertools import count
 
 import numpy as np
+import tokenizers
 
 from ryzanstein_jax.config import EngineConfig
 from ryzanstein_jax.engine.engine import Engine
 from ryzanstein_jax.engine.scheduler import Scheduler
 from ryzanstein_jax.engine.sequence import Sequence
+from ryzanstein_jax.engine.tokens import Tokenizer
 from ryzanstein_jax.plan import StepPlan, StepResult
 from ryzanstein_jax.request import RequestOutput, SamplingParams
 from tests.engine.fake_executor import FakeExecutor, limits
@@ -16,6 +18,16 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 EOS = 39
 
 numbers = count()
+
+
+def letter_tokenizer() -> Tokenizer:
+    """Token 0 is "a", 1 is "b" and so on; 39 is the special "</s>"."""
+    vocabulary = {letter: index for index, letter in enumerate(LETTERS)}
+    vocabulary |= {f"<{index}>": index for index in range(26, 39)} | {"</s>": EOS}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<26>"))
+    backend.decoder = tokenizers.decoders.Fuse()
+    backend.add_special_tokens(["</s>"])
+    return Tokenizer(backend, eos_token="</s>")
 
 
 def sequence(prompt, *, priority=0, index=0, key=(1, 2), eos=(), **params) -> Sequence:

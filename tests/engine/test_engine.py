@@ -1,23 +1,16 @@
 import pytest
-import tokenizers
 
 from ryzanstein_jax.engine.sequence import drawn_seed, sampling_key
 from ryzanstein_jax.engine.tokens import Tokenizer
 from ryzanstein_jax.errors import RequestError
 from ryzanstein_jax.request import RequestOutput, SamplingParams
-from tests.engine.drive import EOS, LETTERS, engine, finish_all
+from tests.engine.drive import EOS, LETTERS, engine, finish_all, letter_tokenizer
 from tests.engine.fake_executor import FakeExecutor, ScriptedExecutor, limits, logprob, reference, top_tokens
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    """Token 0 is "a", 1 is "b" and so on; 39 is the special "</s>"."""
-    vocabulary = {letter: index for index, letter in enumerate(LETTERS)}
-    vocabulary |= {f"<{index}>": index for index in range(26, 39)} | {"</s>": EOS}
-    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<26>"))
-    backend.decoder = tokenizers.decoders.Fuse()
-    backend.add_special_tokens(["</s>"])
-    return Tokenizer(backend, eos_token="</s>")
+    return letter_tokenizer()
 
 
 def ids(text: str) -> list[int]:

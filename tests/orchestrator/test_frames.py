@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ryzanstein_jax.orchestrator.agent import Agent
@@ -309,7 +309,7 @@ def read_all(channel: Channel) -> tuple[list[tuple[Kind, bytes]], Exception]:
             return frames, error
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
 def test_any_bytes_are_frames_or_a_typed_error(data):
     frame = st.tuples(st.sampled_from(list(Kind)), st.binary(max_size=40)).map(
@@ -389,6 +389,7 @@ def test_what_is_no_json_object_is_refused(payload):
     assert len(str(caught.value)) < 300
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.binary(max_size=60))
 def test_any_payload_is_an_object_or_refused(payload):
     try:
