@@ -1,8 +1,9 @@
-"""`ryzanstein`: generate, chat, snapshot, info and demo on the command line."""
+"""`ryzanstein`: generate, chat, snapshot, info, worker and demo on the command line."""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ryzanstein_jax.config import DTYPES, LOAD_FORMATS
+from ryzanstein_jax.config import DTYPES, LOAD_FORMATS, parse_address
 from ryzanstein_jax.errors import ConfigError, RyzansteinError
 from ryzanstein_jax.llm import LLM, default_sampling_params
 from ryzanstein_jax.request import SamplingParams
@@ -218,6 +219,34 @@ def info(
             f"{width.padding:.0%}",
         )
     console.print(table)
+
+
+@app.command()
+def worker(
+    leader: Annotated[
+        str | None, typer.Option(help="HOST:PORT that the leader listens at; asked of the cluster if not given.")
+    ] = None,
+    secret_file: Annotated[
+        str | None, typer.Option(help="File of the leader's secret; or else it is in RYZANSTEIN_SECRET.")
+    ] = None,
+    devices: Annotated[int | None, typer.Option(help="Devices to offer: all GPUs, or one CPU, if not given.")] = None,
+    name: Annotated[str | None, typer.Option(help="Of this machine, its host name if not given.")] = None,
+    cluster: Annotated[str, typer.Option(help="auto, lws, slurm, ompi, mpi4py or k8s; without --leader.")] = "auto",
+    port: Annotated[int, typer.Option(help="That the leader listens at; without --leader.")] = 18476,
+    wait: Annotated[float, typer.Option(help="Seconds to wait until the leader answers.")] = 600.0,
+    reconnect: Annotated[bool, typer.Option(help="Wait for the leader again when it is gone.")] = False,
+) -> None:
+    """Offers this machine's devices to the leader of an engine on another one."""
+    from ryzanstein_jax.orchestrator.cluster import leader_address
+    from ryzanstein_jax.orchestrator.join import find_secret, start_worker
+
+    if devices is not None and not 1 <= devices <= 1024:
+        raise ConfigError("devices", devices, "use a whole number from 1 to 1024")
+    secret = find_secret(secret_file)
+    address = leader or leader_address(cluster, port)
+    parse_address("leader", address)
+    name = name or os.uname().nodename
+    start_worker(address, secret, name=name, devices=devices, wait_sec=wait, reconnect=reconnect)
 
 
 @app.command()

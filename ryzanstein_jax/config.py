@@ -9,6 +9,7 @@ from pathlib import Path
 from ryzanstein_jax.errors import ConfigError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+CLUSTERS = ("ray",)
 LOAD_FORMATS = ("auto", "safetensors", "gguf", "snapshot", "dummy")
 
 
@@ -112,6 +113,14 @@ class OrchestratorConfig:
         log_dir: folder in which each run keeps its ranks' logs, in a folder of its own that goes with a clean end;
             None is `logs` in the user's cache folder.
         log_bytes: most that the logs of one rank take.
+        listen: "host:port" of this machine at which agents of other machines (`ryzanstein worker`) join; None is for
+            this machine alone. All that goes over the network after the proof of the secret is as it is: use one
+            that you trust.
+        secret_file: file of the secret that the agents know; readable by its owner only.
+        num_hosts: agents of other machines to wait for before the first start.
+        local_devices: devices of this machine that take part. None is all GPUs; on a CPU as many as asked for, or
+            none where `listen` is set.
+        cluster: "ray" starts an agent on `num_hosts` nodes of a Ray cluster; None waits for those that others start.
     """
 
     timeout_sec: float = 1800.0
@@ -132,6 +141,11 @@ class OrchestratorConfig:
     drain_timeout_sec: float = 5.0
     log_dir: str | None = None
     log_bytes: int = 4 << 20
+    listen: str | None = None
+    secret_file: str | None = None
+    num_hosts: int = 1
+    local_devices: int | None = None
+    cluster: str | None = None
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -148,9 +162,46 @@ class OrchestratorConfig:
         _integer("max_device_failures", self.max_device_failures, 1, 1 << 20)
         _integer("min_tensor_parallel_size", self.min_tensor_parallel_size, 1, 4096)
         _integer("log_bytes", self.log_bytes, 4096, 1 << 32)
+        self._check_hosts()
         if self.heartbeat_timeout_sec < 3 * self.heartbeat_interval_sec:
             remedy = f"use at least three times heartbeat_interval_sec={self.heartbeat_interval_sec:g}"
             raise ConfigError("heartbeat_timeout_sec", self.heartbeat_timeout_sec, remedy)
+
+    def _check_hosts(self) -> None:
+        _integer("num_hosts", self.num_hosts, 0, 1024)
+        _integer("local_devices", self.local_devices, 0, 1024, optional=True)
+        if self.cluster is not None:
+            _one_of("cluster", self.cluster, CLUSTERS)
+        if self.listen is not None:
+            parse_address("listen", self.listen)
+        if self.listen is None and self.cluster is None:
+            if self.local_devices == 0:
+                raise ConfigError("local_devices", 0, "set listen too, or there are no devices at all")
+            return
+        if self.cluster is None and not isinstance(self.secret_file, str | Path):
+            raise ConfigError(
+                "secret_file", self.secret_file, "listen needs the file of a secret; see docs/multi_host.md"
+            )
+        if not self.process_per_device:
+            raise ConfigError("process_per_device", False, "several machines need one process for each device")
+
+
+def parse_address(field: str, text: object) -> tuple[str, int]:
+    """Host and port of "host:port" or "[host]:port".
+
+    Raises:
+        ConfigError: it is none.
+    """
+    host, colon, port = str(text).rpartition(":")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        host = ""
+    if not isinstance(text, str) or not colon or not host or not port.isascii() or not port.isdigit():
+        raise ConfigError(field, text, "use host:port, such as 10.0.0.1:18476 or [fd00::1]:18476")
+    if int(port[:6]) > 65535:
+        raise ConfigError(field, text, "use a port up to 65535")
+    return host, int(port)
 
 
 def _one_of(field: str, value: object, known: tuple[str, ...]) -> None:

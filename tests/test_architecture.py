@@ -99,11 +99,21 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "orchestrator.status",
         "orchestrator.faults",
         "orchestrator.coordinator",
+        "orchestrator.secret",
+        "orchestrator.slots",
+        "orchestrator.dial",
         "orchestrator.runtime",
         "orchestrator.worker",
         "orchestrator.agent",
+        "orchestrator.cluster",
+        "orchestrator.join",
+        "orchestrator.listener",
         "orchestrator.host",
+        "orchestrator.hosts",
+        "orchestrator.ray_hosts",
+        "orchestrator.rank",
         "orchestrator.process_group",
+        "orchestrator.group_manager",
         "orchestrator.health",
         "orchestrator.recovery",
         "orchestrator.launch",
@@ -116,7 +126,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 )
 
 #: What runs in the processes that may die. The coordinator, in the leader, takes the service from jaxlib, without JAX.
-RANK_FILES = ("orchestrator.worker", "orchestrator.agent", "orchestrator.runtime", "orchestrator.faults")
+RANK_FILES = tuple(f"orchestrator.{name}" for name in ("worker", "agent", "join", "cluster", "runtime", "faults"))
 
 #: These stay in a process that has to outlive every JAX process, so nothing that they reach may import JAX.
 WITHOUT_JAX = (

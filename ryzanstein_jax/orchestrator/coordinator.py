@@ -26,13 +26,18 @@ def free_port(host: str = "127.0.0.1") -> int:
 class Coordinator:
     """The coordination service of one generation of a group, on a fresh port.
 
+    Args:
+        num_processes: ranks of the group.
+        host: address of this machine that all of them reach; nothing else listens there.
+        public: leaves the service to rank 0, as where a version of JAX lacks what this needs.
+
     Attributes:
         address: "host:port" that the ranks connect to.
         hosted: whether the service runs in this process; False leaves it to rank 0, as the public API does.
     """
 
     def __init__(self, num_processes: int, host: str = "127.0.0.1", *, public: bool = False):
-        self.address = f"{host}:{free_port(host)}"
+        self.address = f"[{host}]:{free_port(host)}" if ":" in host else f"{host}:{free_port(host)}"
         self._service: Any = None
         if public:
             self.hosted = False
@@ -56,6 +61,11 @@ class Coordinator:
         except (ImportError, AttributeError, TypeError):
             self._service = None
         self.hosted = self._service is not None
+
+    def move_to(self, host: str) -> None:
+        """Where rank 0 hosts the service, it is on that one's machine."""
+        port = self.address.rpartition(":")[2]
+        self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
     def close(self) -> None:
         """Ends the service; the ranks are gone by then."""

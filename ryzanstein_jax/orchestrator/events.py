@@ -38,6 +38,8 @@ class EventKind(StrEnum):
     CLOSED = "closed"
     PROBE_FAILED = "probe_failed"  # a device or the serving path did not answer
     TELEMETRY = "telemetry"  # a finding about a GPU
+    HOST_JOINED = "host_joined"  # another machine offers its devices
+    HOST_LOST = "host_lost"  # it is gone, and its ranks with it
 
 
 SEVERITIES = {"info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
@@ -50,6 +52,7 @@ _DEFAULT_SEVERITY = {
     EventKind.DEGRADED: "warning",
     EventKind.PROBE_FAILED: "warning",
     EventKind.TELEMETRY: "warning",
+    EventKind.HOST_LOST: "warning",
 }
 
 

@@ -35,7 +35,7 @@ class Kind(IntEnum):
     """What a frame is. Those of the leader: SPAWN to PLAN; of the other side: SPAWNED to PONG."""
 
     SPAWN = 1  # to an agent: start a rank
-    KILL = 2  # to an agent: kill ranks
+    KILL = 2  # to an agent: kill the ranks of a generation
     START = 3  # to a rank: load this model
     PROBE = 4  # to a rank: compute something on each device
     PING = 5  # to a rank
@@ -44,13 +44,13 @@ class Kind(IntEnum):
     PLAN = 8  # to a rank: run this step
     SPAWNED = 32  # from an agent
     EXITED = 33  # from an agent: how a rank ended
-    HELLO = 34  # from a rank: it has joined, with these devices
+    HELLO = 34  # from an agent or a rank: who it is; from a rank: its devices; to them: welcome
     PROGRESS = 35  # from a rank that loads
     READY = 36  # from a rank: the model is loaded
     HEARTBEAT = 37  # from a rank
     PROBED = 38  # from a rank
     INSPECTED = 39  # from a rank
-    ERROR = 40  # from a rank: what went wrong
+    ERROR = 40  # from a rank: what went wrong; to who dials: why it is refused
     RESULT = 41  # from rank 0: what the step sampled
     PONG = 42  # from a rank
     AUTH = 64  # both ways, on sockets that anybody could have opened
@@ -216,6 +216,24 @@ class Channel:
         for fd in self.take_fds():
             os.close(fd)
         self._socket.close()
+
+    def detach(self) -> socket.socket:
+        """The socket, for bytes that are no frames; the channel counts as closed. None of them may have come yet."""
+        fd = self._socket.detach()
+        return socket.socket(fileno=fd)
+
+    def address(self) -> str:
+        """Of this machine on the network, as the other side reaches it."""
+        return str(self._socket.getsockname()[0])
+
+    def looks_closed(self) -> bool:
+        """Whether the other side is gone and left nothing to read. From any thread, and nothing is taken."""
+        try:
+            return not self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
 
 
 def _wait(sock: socket.socket, event: int, timeout: float | None) -> bool:

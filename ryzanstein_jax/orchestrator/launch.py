@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -189,19 +188,3 @@ def rank_config(config: EngineConfig, devices: Sequence[DeviceReport], num_pages
         sharing = max(sum(device.host == other.host for other in devices) for device in devices)
         config = config.replace(memory_fraction=fraction / sharing)
     return config
-
-
-def visible_slots(width: int) -> tuple[int, ...]:
-    """Devices of this machine that ranks may take: all GPUs, or as many CPU devices as are asked for."""
-    wanted = os.environ.get("JAX_PLATFORMS", "")
-    if wanted.startswith("cpu"):
-        return tuple(range(width))
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if chosen is not None:
-        count = len([name for name in chosen.split(",") if name.strip()])
-    else:
-        try:
-            count = len(os.listdir("/proc/driver/nvidia/gpus"))
-        except OSError:
-            count = 0
-    return tuple(range(max(count, width)))

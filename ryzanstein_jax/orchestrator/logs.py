@@ -12,6 +12,7 @@ import os
 import queue
 import re
 import selectors
+import socket
 import threading
 import time
 from collections import deque
@@ -185,6 +186,16 @@ class RankLogs:
             os.close(self._writer_fd)
             self._writer_fd = -1
 
+    def attach(self, sock: socket.socket) -> None:
+        """Reads from a socket instead of the pipe from now on: the process is on another machine. Owns the socket."""
+        sock.setblocking(False)
+        descriptor = sock.detach()
+        if self._run._closed:
+            os.close(descriptor)
+        else:
+            self._run._call(lambda: self._switch(descriptor))
+        self.started()
+
     def tail(self, count: int = 20) -> list[str]:
         """The last lines, at most `TAIL_LINES`, without their prefix. All that was written before the call is seen."""
         if not self.ended:
@@ -209,6 +220,15 @@ class RankLogs:
         if not self.ended:
             self._end()
 
+    def _switch(self, reader_fd: int) -> None:
+        if self.ended:
+            os.close(reader_fd)
+            return
+        self._run._selector.unregister(self._reader_fd)
+        os.close(self._reader_fd)
+        self._reader_fd = reader_fd
+        self._begin()
+
     def _end(self) -> None:
         self._report_dropped()
         if self._partial:
@@ -225,6 +245,8 @@ class RankLogs:
                 data = os.read(self._reader_fd, READ_BYTES)
             except BlockingIOError:
                 return
+            except OSError:  # the other machine is gone
+                data = b""
             if not data:
                 self._end()
                 return

@@ -1,7 +1,8 @@
-"""`ProcessGroupManager`: starts ranks, hears them, sends to them and kills them.
+"""`ProcessGroup`: the ranks of one generation. Hears them, sends to them and kills them.
 
-Each machine has an agent (see `agent`), which the manager keeps between generations: a new rank is a fork of it, with
+Each machine has an agent (see `agent`), which `hosts` keeps between generations: a new rank is a fork of it, with
 all imports done. Ranks and agent are apart from the leader's terminal, and end with the leader, however it ends.
+A rank of this machine has a process that can be watched and killed; of another one, its agent tells and does that.
 """
 
 from __future__ import annotations
@@ -12,63 +13,20 @@ import select
 import selectors
 import signal
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections import deque
 from typing import Any
 
-from ryzanstein_jax.config import OrchestratorConfig
 from ryzanstein_jax.orchestrator.coordinator import Coordinator
 from ryzanstein_jax.orchestrator.fault import Fault, FaultKind, GroupFault
-from ryzanstein_jax.orchestrator.frames import Channel, ChannelClosedError, FrameError, Kind, parse_json
-from ryzanstein_jax.orchestrator.host import LocalAgent
-from ryzanstein_jax.orchestrator.logs import RankLogs, RunLogs
-from ryzanstein_jax.orchestrator.status import FAULT_VARIABLE, Heartbeat, RankSpec
+from ryzanstein_jax.orchestrator.frames import Channel, ChannelClosedError, FrameError, Kind
+from ryzanstein_jax.orchestrator.host import HostAgent, LocalAgent, RemoteAgent, closed_channel
+from ryzanstein_jax.orchestrator.logs import RankLogs
+from ryzanstein_jax.orchestrator.rank import Notice, Rank
+from ryzanstein_jax.orchestrator.status import Heartbeat, RankSpec
 
-_AGENT_START_SECONDS = 120.0
 _KILL_SECONDS = 10.0
-
-
-@dataclass(eq=False)
-class Rank:
-    """One rank as the leader sees it.
-
-    Attributes:
-        rank, slot: its number in the group, and its device.
-        control, steps: channels to it.
-        logs: what it writes.
-        pid, pidfd: its process, once the agent has told; -1 before.
-        exit_code: how it ended (negative: by that signal); None while it lives, or where only its end is known.
-        beat, beat_time: the last heartbeat, and when it came.
-    """
-
-    rank: int
-    slot: int
-    control: Channel
-    steps: Channel
-    logs: RankLogs
-    pid: int = -1
-    pidfd: int = -1
-    exit_code: int | None = None
-    ended: bool = False
-    beat: Heartbeat = field(default_factory=Heartbeat)
-    beat_time: float = field(default_factory=time.monotonic)
-
-
-@dataclass(frozen=True)
-class Notice:
-    """A frame that a rank sent on its control channel; heartbeats are taken note of and not passed on."""
-
-    rank: int
-    kind: Kind
-    payload: bytes
-
-    def json(self) -> dict[str, Any]:
-        """Raises GroupFault where it is no JSON object."""
-        try:
-            return parse_json(self.payload)
-        except FrameError as error:
-            fault = Fault(FaultKind.EXCEPTION, f"it sent what no rank sends: {error}", (self.rank,))
-            raise GroupFault(fault) from error
+#: How long it may take to learn how a process ended whose end is known: its parent tells.
+_EXIT_SECONDS = 0.3
 
 
 class ProcessGroup:
@@ -79,29 +37,48 @@ class ProcessGroup:
         ranks: in order.
     """
 
-    def __init__(self, generation: int, agent: LocalAgent, coordinator: Coordinator | None):
+    def __init__(self, generation: int, coordinator: Coordinator | None):
         self.generation, self.ranks = generation, list[Rank]()
-        self._agent, self._coordinator = agent, coordinator
+        self._coordinator = coordinator
+        self._agents: list[HostAgent] = []
+        self._arrivals: deque[tuple[Rank, str, Channel]] = deque()  # from the listener's threads
         self._selector = selectors.DefaultSelector()
-        self._selector.register(agent.channel, selectors.EVENT_READ, self._read_agent)
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._selector.register(self._wake, selectors.EVENT_READ, lambda: os.eventfd_read(self._wake) and [])
 
-    def add(self, spec: RankSpec, logs: RankLogs) -> None:
-        """Asks the agent for one more rank."""
-        (control, control_child), (steps, steps_child) = Channel.pair(), Channel.pair()
-        rank = Rank(spec.rank, spec.slot, control, steps, logs)
-        fds = (control_child.fileno(), steps_child.fileno(), logs.writer_fd)
+    def add(self, spec: RankSpec, slot: int, agent: HostAgent, logs: RankLogs) -> None:
+        """Asks an agent for one more rank."""
+        rank = Rank(spec.rank, slot, closed_channel(), closed_channel(), logs, agent=agent, ticket=spec.ticket)
+        self.ranks.append(rank)
+        if agent not in self._agents:
+            self._agents.append(agent)
+            self._selector.register(agent.channel, selectors.EVENT_READ, lambda: self._read_agent(agent))
+
+        def arrived(name: str, channel: Channel) -> None:
+            self._arrivals.append((rank, name, channel))
+            self.wake()
+
         try:
-            self._agent.channel.send_json(Kind.SPAWN, vars(spec), fds=fds)
+            agent.spawn(spec, logs.writer_fd, arrived)
         except ChannelClosedError as error:
-            raise GroupFault(self._agent_gone()) from error
+            raise GroupFault(self._agent_gone(agent)) from error
         finally:
-            control_child.close()
-            steps_child.close()
-            logs.started()
-            self.ranks.append(rank)
-        self._selector.register(control, selectors.EVENT_READ, lambda: self._read_control(rank))
+            if agent.is_local:
+                logs.started()
+        self._take_arrivals()
+
+    def _take_arrivals(self) -> None:
+        while self._arrivals:
+            rank, name, channel = self._arrivals.popleft()
+            if name == "log":
+                rank.logs.attach(channel.detach())
+            elif getattr(rank, name).fileno() >= 0:
+                channel.close()  # it came already
+            elif name == "control":
+                rank.control = channel
+                self._selector.register(channel, selectors.EVENT_READ, lambda rank=rank: self._read_control(rank))
+            else:
+                rank.steps = channel
 
     # --- hearing
 
@@ -109,11 +86,13 @@ class ProcessGroup:
         """What ranks said; waits up to `timeout` seconds for the first of it, or for `wake`.
 
         Raises:
-            GroupFault: a rank, or the agent, has ended or talks nonsense.
+            GroupFault: a rank, or an agent, has ended or talks nonsense.
         """
         notices: list[Notice] = []
+        self._take_arrivals()
         for key, _ in self._selector.select(timeout):
             notices += key.data() or ()
+        self._take_arrivals()
         return notices
 
     def wake(self) -> None:
@@ -122,47 +101,57 @@ class ProcessGroup:
             with contextlib.suppress(OSError):
                 os.eventfd_write(self._wake, 1)
 
-    def _read_agent(self) -> list[Notice]:
-        try:
-            frames = self._agent.channel.pending()
-        except (ChannelClosedError, FrameError) as error:
-            raise GroupFault(self._agent_gone()) from error
-        for kind, payload in frames:
-            value = parse_json(payload)
-            rank = next((r for r in self.ranks if r.rank == value.get("rank")), None)
+    def _read_agent(self, agent: HostAgent) -> list[Notice]:
+        ended: Rank | None = None
+        for kind, value in agent.read():
+            rank = next((r for r in self.ranks if r.agent is agent and r.rank == value.get("rank")), None)
             if rank is None or value.get("generation") != self.generation:
                 continue  # of a generation that is gone
             if kind is Kind.SPAWNED:
-                rank.pid = int(value["pid"])
-                with contextlib.suppress(ProcessLookupError):  # it has ended, and the agent will tell how
-                    rank.pidfd = os.pidfd_open(rank.pid)
-                    self._selector.register(rank.pidfd, selectors.EVENT_READ, lambda rank=rank: self._note_end(rank))
+                self._note_pid(rank, int(value["pid"]))
             elif kind is Kind.EXITED:
                 rank.exit_code = int(value["code"])
-                if not rank.ended:
-                    self._note_end(rank)
-        return []
+                ended = ended or (None if rank.ended else rank)
+        if not agent.is_up:
+            with contextlib.suppress(KeyError, ValueError):
+                self._selector.unregister(agent.channel)
+            raise GroupFault(self._agent_gone(agent))
+        return self._note_end(ended) if ended is not None else []
 
-    def _agent_gone(self) -> Fault:
-        return Fault(FaultKind.PROCESS_DEATH, "the agent of this machine has ended, and its ranks with it")
+    def _note_pid(self, rank: Rank, pid: int) -> None:
+        if rank.agent is None or not rank.agent.is_local:
+            rank.remote_pid = pid
+            return
+        rank.pid = pid
+        with contextlib.suppress(ProcessLookupError):  # it has ended, and the agent will tell how
+            rank.pidfd = os.pidfd_open(pid)
+            self._selector.register(rank.pidfd, selectors.EVENT_READ, lambda: self._note_end(rank))
+
+    def _agent_gone(self, agent: HostAgent) -> Fault:
+        return Fault(FaultKind.PROCESS_DEATH, f"the agent of {agent.name} has ended, and its ranks with it")
 
     def _note_end(self, rank: Rank) -> list[Notice]:
         """A rank's process has ended: that is a fault, whatever its channels still hold."""
         rank.ended = True
         self._forget(rank)
-        if rank.exit_code is None:  # only its parent can know, and tells in a moment
-            with contextlib.suppress(ChannelClosedError, FrameError, GroupFault):
+        agent = rank.agent
+        if rank.exit_code is None and agent is not None and agent.is_up:
+            # Only its parent can know, and tells in a moment; if that is gone too, this is what has happened.
+            with contextlib.suppress(FrameError):
                 poller = select.poll()
-                poller.register(self._agent.channel, select.POLLIN)
-                if poller.poll(100):
-                    self._read_agent()
+                poller.register(agent.channel, select.POLLIN)
+                if poller.poll(_EXIT_SECONDS * 1000):
+                    self._read_agent(agent)
         raise GroupFault(self.fault_of_end(rank))
 
     def fault_of_end(self, rank: Rank) -> Fault:
         code = rank.exit_code
         how = "ended" if code is None else f"was killed by {_signal_name(-code)}" if code < 0 else f"exited with {code}"
         return Fault(
-            FaultKind.PROCESS_DEATH, f"its process {rank.pid} {how}", (rank.rank,), log=tuple(rank.logs.tail(10))
+            FaultKind.PROCESS_DEATH,
+            f"its process {max(rank.pid, rank.remote_pid)} {how}",
+            (rank.rank,),
+            log=tuple(rank.logs.tail(10)),
         )
 
     def _read_control(self, rank: Rank) -> list[Notice]:
@@ -176,8 +165,10 @@ class ProcessGroup:
                     notices.append(Notice(rank.rank, kind, payload))
             return notices
         except ChannelClosedError:
-            self._selector.unregister(rank.control)  # its process is about to end, which tells more
-            return []
+            self._selector.unregister(rank.control)
+            if rank.agent is not None and not rank.agent.is_local:
+                return self._note_end(rank)
+            return []  # its process is about to end, which tells more
         except FrameError as error:
             fault = Fault(FaultKind.EXCEPTION, f"it sent what no rank sends: {error}", (rank.rank,))
             raise GroupFault(fault) from error
@@ -242,15 +233,19 @@ class ProcessGroup:
     def wait_ended(self, timeout: float) -> bool:
         """Whether all processes ended within so many seconds."""
         deadline = time.monotonic() + timeout
-        with contextlib.suppress(GroupFault, FrameError):
-            self._read_agent()  # a rank that was just spawned has its pid only there
-        for rank in self.ranks:
-            if rank.pidfd >= 0:
-                poller = select.poll()
-                poller.register(rank.pidfd, select.POLLIN)
-                if not poller.poll(max(0.0, deadline - time.monotonic()) * 1000):
-                    return False
-        return True
+        while True:
+            for agent in self._agents:
+                with contextlib.suppress(GroupFault, FrameError):
+                    self._read_agent(agent)  # a rank that was just spawned has its pid only there
+            missing = [rank for rank in self.ranks if not rank.is_gone]
+            left = deadline - time.monotonic()
+            if not missing or left <= 0:
+                return not missing
+            poller = select.poll()
+            for rank in missing:
+                assert rank.agent is not None
+                poller.register(rank.pidfd if rank.agent.is_local else rank.agent.channel, select.POLLIN)
+            poller.poll(left * 1000)
 
     def kill(self) -> None:
         """`kill_processes`, then `release`."""
@@ -258,29 +253,43 @@ class ProcessGroup:
         self.release()
 
     def kill_processes(self) -> None:
-        """Kills all ranks by their pids and waits until they are gone."""
-        with contextlib.suppress(ChannelClosedError, FrameError, GroupFault):
+        """Kills all ranks and waits until they are gone. A machine that does not do so is out."""
+        for agent in self._agents:
+            if isinstance(agent, RemoteAgent):
+                agent.kill(self.generation)
+        with contextlib.suppress(FrameError):
             self._await_pids(1.0)
         for rank in self.ranks:
             if rank.pidfd >= 0:
                 with contextlib.suppress(ProcessLookupError):
                     signal.pidfd_send_signal(rank.pidfd, signal.SIGKILL)
         self.wait_ended(_KILL_SECONDS)
+        for rank in self.ranks:
+            if isinstance(rank.agent, RemoteAgent) and not rank.is_gone:
+                rank.agent.lose()
 
     def _await_pids(self, timeout: float) -> None:
         """Of a rank that was only just asked for, the pid is still on its way."""
         deadline = time.monotonic() + timeout
-        poller = select.poll()
-        poller.register(self._agent.channel, select.POLLIN)
-        while any(rank.pid < 0 for rank in self.ranks) and time.monotonic() < deadline:
-            if poller.poll(100):
-                with contextlib.suppress(GroupFault):
-                    self._read_agent()
-                if self._agent.process.poll() is not None:
-                    return
+        for agent in self._agents:
+            if not isinstance(agent, LocalAgent) or not agent.is_up:
+                continue
+            poller = select.poll()
+            poller.register(agent.channel, select.POLLIN)
+            while any(rank.agent is agent and rank.pid < 0 for rank in self.ranks) and time.monotonic() < deadline:
+                if poller.poll(100):
+                    with contextlib.suppress(GroupFault):
+                        self._read_agent(agent)
+                    if agent.process.poll() is not None or not agent.is_up:
+                        return
 
     def release(self) -> None:
         """Closes channels, descriptors and the coordination service."""
+        for rank in self.ranks:
+            if isinstance(rank.agent, RemoteAgent):
+                rank.agent.forget(rank.ticket)
+        while self._arrivals:
+            self._arrivals.popleft()[2].close()
         self._selector.close()
         wake, self._wake = self._wake, -1  # another thread may still call `wake`, and the number will be another file's
         os.close(wake)
@@ -293,70 +302,6 @@ class ProcessGroup:
                 rank.pidfd = -1
         if self._coordinator is not None:
             self._coordinator.close()
-
-
-class ProcessGroupManager:
-    """Makes groups of ranks on this machine.
-
-    Args:
-        config: times and limits.
-        logs: where ranks' output goes.
-    """
-
-    def __init__(self, config: OrchestratorConfig, logs: RunLogs):
-        self._config, self._logs = config, logs
-        self._agent: LocalAgent | None = None
-
-    def prepare(self) -> None:
-        """Starts the agent, where none lives, and returns while it imports."""
-        if self._agent is not None and self._agent.process.poll() is None:
-            return
-        if self._agent is not None:
-            self._agent.close()
-        self._agent = LocalAgent()
-
-    def launch(
-        self, slots: Sequence[int], *, generation: int, width: int, environment: dict[str, str] | None = None
-    ) -> ProcessGroup:
-        """Starts one rank on each slot (-1: one rank on all devices), and returns while they join.
-
-        Raises:
-            ProcessGroupError: the agent can't be started.
-            GroupFault: it went away.
-        """
-        self.prepare()
-        assert self._agent is not None
-        self._agent.wait(time.monotonic() + min(_AGENT_START_SECONDS, self._config.timeout_sec))
-        count = len(slots)
-        coordinator = Coordinator(count) if count > 1 else None
-        group = ProcessGroup(generation, self._agent, coordinator)
-        try:
-            for rank, slot in enumerate(slots):
-                spec = RankSpec(
-                    rank=rank,
-                    num_processes=count,
-                    generation=generation,
-                    slot=slot,
-                    local_index=rank,
-                    local_count=count,
-                    width=width,
-                    address=coordinator.address if coordinator else "",
-                    hosted=coordinator.hosted if coordinator else False,
-                    heartbeat_interval_sec=self._config.heartbeat_interval_sec,
-                    environment=environment or {},
-                    fault=os.environ.get(FAULT_VARIABLE, ""),
-                )
-                group.add(spec, self._logs.open(rank, generation))
-        except BaseException:
-            group.kill()
-            raise
-        return group
-
-    def close(self) -> None:
-        """Ends the agent; all groups are gone by then, or go with it."""
-        if self._agent is not None:
-            self._agent.close()
-            self._agent = None
 
 
 def _signal_name(number: int) -> str:

@@ -64,6 +64,7 @@ class RankSpec:
         heartbeat_interval_sec: how often it tells that it lives.
         environment: variables to set before anything of JAX starts.
         fault: a fault to make on purpose; see `faults`.
+        ticket: what a rank of another machine shows when it dials the leader; "" for one that inherits its sockets.
     """
 
     rank: int
@@ -78,6 +79,7 @@ class RankSpec:
     heartbeat_interval_sec: float
     environment: dict[str, str] = field(default_factory=dict)
     fault: str = ""
+    ticket: str = field(default="", repr=False)
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> RankSpec:
@@ -100,6 +102,7 @@ class RankSpec:
             and 0 < interval < _MOST
             and isinstance(spec.address, str)
             and isinstance(spec.fault, str)
+            and isinstance(spec.ticket, str)
             and isinstance(environment, dict)
             and all(_is_variable(name, text) for name, text in environment.items())
         ):

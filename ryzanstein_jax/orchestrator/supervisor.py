@@ -25,6 +25,7 @@ from ryzanstein_jax.orchestrator.fault import Fault, FaultKind, GroupFault
 from ryzanstein_jax.orchestrator.frames import FrameError, Kind
 from ryzanstein_jax.orchestrator.gpu_problems import Finding
 from ryzanstein_jax.orchestrator.gpu_watch import GpuWatch
+from ryzanstein_jax.orchestrator.group_manager import ProcessGroupManager
 from ryzanstein_jax.orchestrator.health import HealthMonitor
 from ryzanstein_jax.orchestrator.launch import (
     TICK,
@@ -33,10 +34,9 @@ from ryzanstein_jax.orchestrator.launch import (
     Ready,
     fault_if_error,
     rank_config,
-    visible_slots,
 )
 from ryzanstein_jax.orchestrator.logs import RunLogs
-from ryzanstein_jax.orchestrator.process_group import ProcessGroup, ProcessGroupManager
+from ryzanstein_jax.orchestrator.process_group import ProcessGroup
 from ryzanstein_jax.orchestrator.recovery import Action, Decision, FailureRecoveryManager
 from ryzanstein_jax.orchestrator.resources import ResourceAllocator
 from ryzanstein_jax.orchestrator.telemetry import GpuTelemetry
@@ -80,7 +80,7 @@ class Supervisor:
         self.monitor = HealthMonitor(self._options)
         self.recovery = FailureRecoveryManager(self._options)
         self._allocator = ResourceAllocator(spec, config)
-        self._slots = visible_slots(config.tensor_parallel_size)
+        self._slots: tuple[int, ...] = ()
         self._gpus: GpuWatch | None = None
         self._devices: dict[int, DeviceReport] = {}  # by slot, of all generations
         self._logs: RunLogs | None = None
@@ -165,7 +165,8 @@ class Supervisor:
     def _run(self) -> None:
         try:
             self._logs = RunLogs(self._options.log_dir, max_file_bytes=max(1 << 16, self._options.log_bytes // 2))
-            self._manager = ProcessGroupManager(self._options, self._logs)
+            width = self._config.tensor_parallel_size
+            self._manager = ProcessGroupManager(self._options, self._logs, width, self._events)
             self._gpus = GpuWatch(
                 GpuTelemetry(), self._options.health_check_interval_sec, self._events, self._pids, self._note_unusable
             )
@@ -191,6 +192,7 @@ class Supervisor:
         assert self._manager is not None
         while (left := self._delay_until - time.monotonic()) > 0 and not self._closing.wait(min(left, TICK)):
             pass
+        self._slots = self._manager.slots(self._closing.is_set)
         self.slots = self._choose_slots()
         width = len(self.slots)
         self.generation += 1
@@ -301,6 +303,8 @@ class Supervisor:
 
     def _note_unusable(self, finding: Finding) -> None:
         """A GPU that only a reset mends is left out from the next start on, which comes at once if a rank uses it."""
+        if self._manager is None or finding.gpu >= self._manager.hosts.num_local:
+            return  # this machine's GPUs are the first slots, as far as they take part
         self._allocator.exclude(finding.gpu, finding.text)
         group = self._group
         if group is not None and (hit := [rank.rank for rank in group.ranks if rank.slot == finding.gpu]):
@@ -311,9 +315,8 @@ class Supervisor:
     def _answer(self, fault: Fault) -> bool:
         """Kills the group and decides how to go on; False gives up."""
         fault = dataclasses.replace(fault, serving=self._owner.is_serving)
-        group = self._group
-        assert group is not None
-        by_rank = {rank.rank: rank.slot for rank in group.ranks}
+        group = self._group  # None where an agent went away while ranks were asked for
+        by_rank = {rank.rank: rank.slot for rank in group.ranks} if group is not None else {}
         slots = tuple(by_rank[rank] for rank in fault.ranks if by_rank.get(rank, -1) >= 0)
         self._owner.lose()
         self.last_fault, self._suspected = fault, []
