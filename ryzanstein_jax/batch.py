@@ -17,7 +17,7 @@ from ryzanstein_jax.attention import SHARERS, TILE, AttentionPlan, max_items, ma
 from ryzanstein_jax.plan import BIAS, ROW, StepPlan
 
 #: Most prompt chunks in one step.
-MAX_PREFILLS = 8
+MAX_PREFILLS = 16
 
 
 @dataclass(frozen=True, order=True)
