@@ -131,7 +131,7 @@ class OrchestratorConfig:
     step_timeout_sec: float = 8.0
     first_step_timeout_sec: float = 60.0
     enable_auto_restart: bool = True
-    max_restart_attempts: int = 5
+    max_restart_attempts: int = 8
     restart_window_sec: float = 600.0
     healthy_period_sec: float = 60.0
     restart_backoff_sec: float = 0.5
