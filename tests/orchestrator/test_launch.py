@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -9,12 +10,13 @@ import pytest
 from ryzanstein_jax.budget import MemoryPlan
 from ryzanstein_jax.config import EngineConfig, OrchestratorConfig
 from ryzanstein_jax.engine.report import SetupReport
-from ryzanstein_jax.orchestrator import launch as launch_module
+from ryzanstein_jax.orchestrator import slots
 from ryzanstein_jax.orchestrator.devices import DeviceReport
 from ryzanstein_jax.orchestrator.fault import Fault, FaultKind, GroupFault
 from ryzanstein_jax.orchestrator.frames import Kind
-from ryzanstein_jax.orchestrator.launch import Launch, fault_if_error, rank_config, visible_slots
+from ryzanstein_jax.orchestrator.launch import Launch, fault_if_error, rank_config
 from ryzanstein_jax.orchestrator.process_group import Notice
+from ryzanstein_jax.orchestrator.slots import visible_slots
 from tests.engine.fake_executor import limits
 
 CONFIG = EngineConfig("none", tensor_parallel_size=2)
@@ -250,5 +252,5 @@ def test_which_devices_ranks_may_take(monkeypatch, platforms, devices, gpus, cou
             raise FileNotFoundError(path)
         return [f"gpu {number}" for number in range(gpus)]
 
-    monkeypatch.setattr(launch_module, "os", SimpleNamespace(environ=launch_module.os.environ, listdir=listdir))
-    assert visible_slots(2) == tuple(range(count))
+    monkeypatch.setattr(slots, "os", SimpleNamespace(environ=os.environ, listdir=listdir))
+    assert visible_slots(2) == count
