@@ -1,18 +1,21 @@
 """Attention over pages: one dispatch point, and the reference in plain XLA that runs everywhere.
 
 The reference reads the pages in blocks with a running softmax, and only those in use: loop bounds are
-data, so no program depends on how long the context is. Decode tokens are attended all together, each
-to its own pages. Prompt chunks are cut into tiles of queries of one sequence, and each tile walks
-the pages up to its last query.
+data, so no program depends on how long the context is. A decode token attends to *items*, the blocks of its
+own sequence, and many items of all sequences are read at a time, so that a short sequence costs little beside a
+long one. Blocks that many sequences share are read once for all of them. Prompt chunks are cut into tiles of
+queries of one sequence, and each tile walks the pages up to its last query.
 
 Attention is sharded by KV slot and needs no communication, which `shard_map` states.
 
 Array names end in their dims: T tokens, K KV slots, Q query heads per slot, H head_dim, D decode
-tokens, C prompt tokens, N sequences, B queries of a tile, L positions of a block, W page-table width.
+tokens, C prompt tokens, N sequences, I items, J shared blocks, B queries of a tile, L positions of a block, P pages
+of a block, W page-table width, X whatever stands for queries.
 """
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -26,6 +29,9 @@ from ryzanstein_jax import kv_cache
 TILE = 64
 BLOCK = 128
 
+#: Decode tokens that a block must have in common for reading it once to pay.
+SHARERS = 8
+
 _MASKED = -1e30
 
 
@@ -36,6 +42,13 @@ class AttentionPlan(NamedTuple):
         slots_T: int32 [T], where each token's key and value go (`kv_cache.write`).
         decode_tables: int32 [D, W], pages of each decode token's sequence.
         decode_lens: int32 [D], positions to attend to, its own included; 0 for padding.
+        item_seqs, item_blocks: int32 [I], row of `decode_tables` and number of the block, the last block of
+            each sequence first, then those before the last, and so on.
+        private_blocks: int32 [D], how many items each decode token has.
+        shared_seqs, shared_blocks: int32 [J], a row of `decode_tables` and the number of a block in it that all
+            of `shared_members` begin with too; these blocks are no items.
+        shared_members: int32 [J, D], 1 for the decode tokens that attend to the block.
+        num_shared: int32 [], how many shared blocks are real.
         prefill_tables: int32 [N, W], pages of each prompt chunk's sequence.
         tile_starts: int32 [M], first token of each tile, counted from the first prompt token. Tiles
             are in order; one may run over the end of its chunk, where the next tile overwrites it.
@@ -47,6 +60,13 @@ class AttentionPlan(NamedTuple):
     slots_T: jax.Array
     decode_tables: jax.Array
     decode_lens: jax.Array
+    item_seqs: jax.Array
+    item_blocks: jax.Array
+    private_blocks: jax.Array
+    shared_seqs: jax.Array
+    shared_blocks: jax.Array
+    shared_members: jax.Array
+    num_shared: jax.Array
     prefill_tables: jax.Array
     tile_starts: jax.Array
     tile_seqs: jax.Array
@@ -61,6 +81,16 @@ def max_tiles(prefill_tokens: int, max_prefills: int) -> int:
 
 def pages_per_block(page_size: int) -> int:
     return max(1, BLOCK // page_size)
+
+
+def max_items(decodes: int, table_width: int, page_size: int) -> int:
+    """Most items of that many decode tokens."""
+    return decodes * -(-table_width // pages_per_block(page_size))
+
+
+def max_shared(decodes: int, table_width: int, page_size: int) -> int:
+    """Most shared blocks of that many decode tokens."""
+    return max_items(decodes, table_width, page_size) // SHARERS if decodes >= SHARERS else 0
 
 
 def attend(
@@ -115,30 +145,76 @@ def _attend_shard(q_TKQH, k_TKH, v_TKH, keys, values, plan, *, scale, window, so
 
 
 def _decode(q_DKQH, keys, values, plan, window, update):  # type: ignore[no-untyped-def]
-    """One query per sequence, against the pages of its own sequence."""
+    """One query per sequence: the blocks that many share first, then items, as many at a time as there are queries."""
+    decodes, num_slots, queries, head_dim = q_DKQH.shape
     lens_D = plan.decode_lens
-    longest = jnp.max(lens_D)
-    shortest = jnp.min(jnp.where(lens_D > 0, lens_D, longest))
     span = pages_per_block(keys.shape[2]) * keys.shape[2]
-    first = 0 if window is None else jnp.maximum(shortest - window, 0) // span
-    tables = _pad_tables(plan.decode_tables, keys.shape[2])
+    tables_NWP = _block_tables(plan.decode_tables, keys.shape[2])
+    begin_D = jnp.zeros_like(lens_D) if window is None else lens_D - window
+    carry = _start(q_DKQH)
+    if plan.shared_seqs.shape[0]:
+        q_KXH = q_DKQH.transpose(1, 0, 2, 3).reshape(1, num_slots, decodes * queries, head_dim)
+        rows_JX = _rows(tables_NWP[plan.shared_seqs, plan.shared_blocks], num_slots)
 
-    def body(block, carry):  # type: ignore[no-untyped-def]
-        k_DKLH, v_DKLH, positions_L = _read_block(keys, values, tables, block)
-        seen = positions_L[None, :] < lens_D[:, None]
+        def shared_body(index, carry):  # type: ignore[no-untyped-def]
+            k_NKLH, v_NKLH = _read_blocks(keys, values, rows_JX[index])
+            positions_L = plan.shared_blocks[index] * span + jnp.arange(span)
+            seen_DL = (plan.shared_members[index] > 0)[:, None] & (positions_L >= begin_D[:, None])
+            seen_XL = jnp.repeat(seen_DL, queries, axis=0)
+            return update(carry, q_KXH, k_NKLH, v_NKLH, seen_XL[None, None])
+
+        shared = jax.lax.fori_loop(0, plan.num_shared, shared_body, _start(q_KXH))
+        carry = tuple(x.reshape(num_slots, decodes, queries, -1).transpose(1, 0, 2, 3) for x in shared)
+
+    # A window leaves out all but the last blocks, which come first.
+    last_blocks = jnp.max(-(-lens_D // span) - jnp.maximum(begin_D, 0) // span)
+    num_items = jnp.sum(jnp.minimum(plan.private_blocks, last_blocks))
+    padding = -plan.item_seqs.shape[0] % decodes
+    seqs_I, blocks_I = (jnp.pad(x, (0, padding)) for x in (plan.item_seqs, plan.item_blocks))
+    rows_IX = _rows(tables_NWP[seqs_I, blocks_I], num_slots)
+
+    def body(step, carry):  # type: ignore[no-untyped-def]
+        first = step * decodes
+        seqs_D, blocks_D, rows_DX = (
+            jax.lax.dynamic_slice_in_dim(x, first, decodes) for x in (seqs_I, blocks_I, rows_IX)
+        )
+        k_DKLH, v_DKLH = _read_blocks(keys, values, rows_DX)
+        positions_DL = blocks_D[:, None] * span + jnp.arange(span)
+        ends_D = jnp.where(first + jnp.arange(decodes) < num_items, lens_D[seqs_D], 0)
+        seen_DL = positions_DL < ends_D[:, None]
         if window is not None:
-            seen &= positions_L[None, :] >= lens_D[:, None] - window
-        return update(carry, q_DKQH, k_DKLH, v_DKLH, seen[:, None, None, :])
+            seen_DL &= positions_DL >= begin_D[seqs_D][:, None]
+        q_items = q_DKQH[seqs_D]
+        item_carry = update(_start(q_items), q_items, k_DKLH, v_DKLH, seen_DL[:, None, None])
+        return _join(carry, item_carry, jnp.arange(decodes)[:, None] == seqs_D)
 
-    carry = jax.lax.fori_loop(first, -(-longest // span), body, _start(q_DKQH))
+    carry = jax.lax.fori_loop(0, -(-num_items // decodes), body, carry)
     return _finish(carry, q_DKQH.dtype)
+
+
+def _join(carry, item_carry, owns_DI):  # type: ignore[no-untyped-def]
+    """Running softmaxes [D, K, Q, .] and those of items [I, K, Q, .], each added to that of its owner."""
+    maximum, total, values = carry
+    item_maximum, item_total, item_values = item_carry
+    largest = jnp.max(jnp.where(owns_DI[:, :, None, None, None], item_maximum, _MASKED), axis=1)
+    new_maximum = jnp.maximum(maximum, largest)
+    decay = jnp.exp(maximum - new_maximum)
+    # Padding adds nothing: the sums of an item that has seen nothing are zero.
+    owner_maximum = jnp.max(jnp.where(owns_DI[:, :, None, None, None], new_maximum[:, None], _MASKED), axis=0)
+    item_decay = jnp.exp(item_maximum - owner_maximum)
+
+    def added(x):  # type: ignore[no-untyped-def]
+        flat_IX = (x * item_decay).reshape(x.shape[0], -1)
+        return (owns_DI.astype(jnp.float32) @ flat_IX).reshape(-1, *x.shape[1:])
+
+    return new_maximum, total * decay + added(item_total), values * decay + added(item_values)
 
 
 def _prefill(q_CKQH, keys, values, plan, window, update):  # type: ignore[no-untyped-def]
     """Tiles of queries of one sequence each, every tile against the pages up to its last query."""
     page_size = keys.shape[2]
     span = pages_per_block(page_size) * page_size
-    tables = _pad_tables(plan.prefill_tables, page_size)
+    tables_NWP = _block_tables(plan.prefill_tables, page_size)
     # Room for a tile that begins at the last token: a slice that does not fit would be moved back.
     q_CKQH = jnp.pad(q_CKQH, ((0, TILE), (0, 0), (0, 0), (0, 0)))
     num_slots, queries, head_dim = q_CKQH.shape[1:]
@@ -147,13 +223,14 @@ def _prefill(q_CKQH, keys, values, plan, window, update):  # type: ignore[no-unt
         start, position = plan.tile_starts[tile], plan.tile_positions[tile]
         q_BKQH = jax.lax.dynamic_slice_in_dim(q_CKQH, start, TILE)
         q_KXH = q_BKQH.transpose(1, 2, 0, 3).reshape(1, num_slots, queries * TILE, head_dim)
-        table = jax.lax.dynamic_slice_in_dim(tables, plan.tile_seqs[tile], 1)
+        rows_WX = _rows(tables_NWP[plan.tile_seqs[tile]], num_slots)
         positions_B = position + jnp.arange(TILE)
         first = 0 if window is None else jnp.maximum(position - window + 1, 0) // span
-        last = jnp.minimum(-(-(position + TILE) // span), table.shape[1] // pages_per_block(page_size))
+        last = jnp.minimum(-(-(position + TILE) // span), tables_NWP.shape[1])
 
         def block_body(block, carry):  # type: ignore[no-untyped-def]
-            k_NKLH, v_NKLH, positions_L = _read_block(keys, values, table, block)
+            k_NKLH, v_NKLH = _read_blocks(keys, values, rows_WX[block])
+            positions_L = block * span + jnp.arange(span)
             seen_BL = positions_L[None, :] <= positions_B[:, None]
             if window is not None:
                 seen_BL &= positions_L[None, :] > positions_B[:, None] - window
@@ -168,26 +245,34 @@ def _prefill(q_CKQH, keys, values, plan, window, update):  # type: ignore[no-unt
     return out[:-TILE]
 
 
-def _pad_tables(tables_NW: jax.Array, page_size: int) -> jax.Array:
-    """Page tables of a whole number of blocks; the scratch page fills up."""
-    return jnp.pad(tables_NW, ((0, 0), (0, -tables_NW.shape[1] % pages_per_block(page_size))))
-
-
-def _read_block(keys, values, tables_NW, block):  # type: ignore[no-untyped-def]
-    """Keys and values [N, K, L, H] of one block of each sequence, and the block's positions [L]."""
-    _, num_slots, page_size, head_dim = keys.shape
+def _block_tables(tables_NW: jax.Array, page_size: int) -> jax.Array:
+    """Page tables as whole blocks [N, blocks, P]; the scratch page fills up."""
     pages = pages_per_block(page_size)
-    length = pages * page_size
-    sequences = tables_NW.shape[0]
-    table_X = jax.lax.dynamic_slice_in_dim(tables_NW, block * pages, pages, axis=1).reshape(-1)
+    padded = jnp.pad(tables_NW, ((0, 0), (0, -tables_NW.shape[1] % pages)))
+    return padded.reshape(tables_NW.shape[0], -1, pages)
+
+
+def _rows(pages_NP: jax.Array, num_slots: int) -> jax.Array:
+    """Where blocks lie if the cache is rows of one page and one slot: int32 [N, K * P]."""
+    rows_NKP = pages_NP[:, None, :] * num_slots + jnp.arange(num_slots)[:, None]
+    return rows_NKP.reshape(pages_NP.shape[0], -1)
+
+
+def _read_blocks(keys, values, rows_NX):  # type: ignore[no-untyped-def]
+    """Keys and values [N, K, L, H] of the blocks that lie in these rows."""
+    _, num_slots, page_size, head_dim = keys.shape
+    # The barriers keep other arithmetic out of the gather, and wide rows make it a plain copy: with either left
+    # out XLA's CPU code for it is up to twice as slow.
+    rows_X = jax.lax.optimization_barrier(rows_NX.reshape(-1))
+    width = math.gcd(page_size * head_dim, 128)
 
     def read(cache: jax.Array) -> jax.Array:
-        # Whole pages as flat rows: XLA's CPU gather is several times faster on those.
-        flat = cache.reshape(cache.shape[0], -1).at[table_X].get(mode="promise_in_bounds")
-        pages_NPKSH = flat.reshape(sequences, pages, num_slots, page_size, head_dim)
-        return pages_NPKSH.transpose(0, 2, 1, 3, 4).reshape(sequences, num_slots, length, head_dim)
+        wide = cache.reshape(-1, page_size * head_dim // width, width).at[rows_X].get(mode="promise_in_bounds")
+        return jax.lax.optimization_barrier(wide).reshape(
+            -1, num_slots, rows_NX.shape[-1] // num_slots * page_size, head_dim
+        )
 
-    return read(keys), read(values), block * length + jnp.arange(length)
+    return read(keys), read(values)
 
 
 def _start(q_NKXH: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ryzanstein_jax.attention import TILE, AttentionPlan, max_tiles
+from ryzanstein_jax.attention import SHARERS, TILE, AttentionPlan, max_items, max_shared, max_tiles, pages_per_block
 from ryzanstein_jax.plan import BIAS, ROW, StepPlan
 
 #: Most prompt chunks in one step.
-MAX_PREFILLS = 8
+MAX_PREFILLS = 16
 
 
 @dataclass(frozen=True, order=True)
@@ -119,6 +119,8 @@ class StepLayout(Layout):
 
     def __init__(self, bucket: Bucket, page_size: int, table_width: int):
         b, tiles = bucket, max_tiles(bucket.prefill_tokens, bucket.prefills)
+        items = max_items(b.decodes, table_width, page_size)
+        shared = max_shared(b.decodes, table_width, page_size)
         self.bucket, self.page_size, self.table_width = bucket, page_size, table_width
         super().__init__(
             {
@@ -127,6 +129,13 @@ class StepLayout(Layout):
                 "slots": ((b.tokens,), np.int32),
                 "decode_tables": ((b.decodes, table_width), np.int32),
                 "decode_lens": ((b.decodes,), np.int32),
+                "item_seqs": ((items,), np.int32),
+                "item_blocks": ((items,), np.int32),
+                "private_blocks": ((b.decodes,), np.int32),
+                "shared_seqs": ((shared,), np.int32),
+                "shared_blocks": ((shared,), np.int32),
+                "shared_members": ((shared, b.decodes), np.int32),
+                "num_shared": ((), np.int32),
                 "prefill_tables": ((b.prefills, table_width), np.int32),
                 "tile_starts": ((tiles,), np.int32),
                 "tile_seqs": ((tiles,), np.int32),
@@ -149,6 +158,8 @@ class StepLayout(Layout):
         width = min(plan.page_tables.shape[1], self.table_width)
         view["decode_tables"][:d, :width] = plan.page_tables[:d, :width]
         view["decode_lens"][:d] = plan.positions[:d] + 1
+        if d:
+            self._pack_blocks(plan.page_tables[:d], plan.positions[:d], view)
         view["prefill_tables"][: plan.num_prefills, :width] = plan.page_tables[d:, :width]
         tile, start = 0, 0
         for row, length in enumerate(plan.query_lens[d:].tolist()):
@@ -162,6 +173,37 @@ class StepLayout(Layout):
         tokens = plan.rows["token"]
         view["row_tokens"][: len(tokens)] = np.where(tokens < d, tokens, tokens + b.decodes - d)
         return flat
+
+    def _pack_blocks(self, tables: np.ndarray, positions: np.ndarray, view: dict[str, np.ndarray]) -> None:
+        """Which blocks of its pages each decode token reads: alone, or with others that share them."""
+        pages = pages_per_block(self.page_size)
+        span = pages * self.page_size
+        private = positions // span + 1
+        if len(private) >= SHARERS:
+            # Pages that a token is being written to are never shared.
+            full, members, count = positions // span, np.ones(len(private), bool), 0
+            for block in range(int(full.max())):
+                members &= full > block
+                candidates = np.flatnonzero(members)
+                columns = tables[candidates, block * pages : (block + 1) * pages]
+                _, group, sizes = np.unique(columns, axis=0, return_inverse=True, return_counts=True)
+                group = group.reshape(-1)
+                members[candidates[sizes[group] < SHARERS]] = False
+                if not members.any():
+                    break
+                for number in np.flatnonzero(sizes >= SHARERS).tolist():
+                    sharing = candidates[group == number]
+                    view["shared_seqs"][count], view["shared_blocks"][count] = sharing[0], block
+                    view["shared_members"][count, sharing] = 1
+                    private[sharing] -= 1
+                    count += 1
+            view["num_shared"][...] = count
+        view["private_blocks"][: len(private)] = private
+        seqs = np.repeat(np.arange(len(private)), private)
+        ranks = np.arange(len(seqs)) - np.repeat(np.cumsum(private) - private, private)  # 0 is the last block
+        order = np.argsort(ranks, kind="stable")
+        view["item_seqs"][: len(seqs)] = seqs[order]
+        view["item_blocks"][: len(seqs)] = (positions[seqs] // span - ranks)[order]
 
 
 class RowLayout(Layout):
@@ -230,6 +272,13 @@ def attention_plan(fields: dict[str, jax.Array]) -> AttentionPlan:
         slots_T=fields["slots"],
         decode_tables=fields["decode_tables"],
         decode_lens=fields["decode_lens"],
+        item_seqs=fields["item_seqs"],
+        item_blocks=fields["item_blocks"],
+        private_blocks=fields["private_blocks"],
+        shared_seqs=fields["shared_seqs"],
+        shared_blocks=fields["shared_blocks"],
+        shared_members=fields["shared_members"],
+        num_shared=fields["num_shared"],
         prefill_tables=fields["prefill_tables"],
         tile_starts=fields["tile_starts"],
         tile_seqs=fields["tile_seqs"],

@@ -97,6 +97,10 @@ class ExecutableStore:
             _LOG.warning("cannot use %s, compiling again: %r", self._path(key), error)
             return None
 
+    def holds(self, key: str) -> bool:
+        """Whether there is an entry; only loading it shows whether it can be used."""
+        return self._path(key).is_file()
+
     def temporaries(self, key: str) -> int | None:
         """Bytes that the program of a key takes on a device besides arguments and results; None where unknown."""
         entry = self._read(key)

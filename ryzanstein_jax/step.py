@@ -8,12 +8,12 @@ input of the next forward, so a step can be dispatched before the last one's tok
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -31,6 +31,7 @@ from ryzanstein_jax.model.decoder import Decoder
 from ryzanstein_jax.model.params import param_specs
 from ryzanstein_jax.model.spec import ModelSpec
 from ryzanstein_jax.plan import StepPlan
+from ryzanstein_jax.program_table import ProgramTable
 from ryzanstein_jax.sampling import Bias, FullRows, Rows, SampleResult, TokenCounts, count_tokens, full_sample, sample
 from ryzanstein_jax.sharding import MEGATRON_RULES, PaddedSizes, named_sharding
 
@@ -97,9 +98,6 @@ class StepPrograms:
         self.store = store
         self._environment = environment_of(mesh) if store is not None else {}
         self.replicated = NamedSharding(mesh, PartitionSpec())
-        self.cache_shapes = KVCache.shapes(
-            spec, sizes, mesh, num_pages=shapes.num_pages, page_size=shapes.page_size, dtype=self.dtype
-        )
         decoder = Decoder(spec, sizes, self.dtype)
         self._graph, state = nnx.split(decoder)
         self._variables = list(nnx.to_flat_state(state))
@@ -109,9 +107,26 @@ class StepPrograms:
             jax.ShapeDtypeStruct(param.shape, param.dtype, sharding=named_sharding(mesh, param.axes, rules))
             for param in self.param_specs.values()
         )
-        self.forwards: dict[Bucket, Any] = {}
-        self.samplers: dict[int, Any] = {}
-        self.full_samplers: dict[int, Any] = {}
+        self._make_tables()
+
+    def _make_tables(self) -> None:
+        shapes = self.shapes
+        self.cache_shapes = KVCache.shapes(
+            self.spec, self.sizes, self.mesh, num_pages=shapes.num_pages, page_size=shapes.page_size, dtype=self.dtype
+        )
+        self.forwards = self._table("forward", self.lower_forward)
+        self.samplers = self._table("sample", self.lower_sample)
+        self.full_samplers = self._table("full_sample", self.lower_full_sample)
+
+    def _table(self, kind: str, lower: Callable[[Any], jax.stages.Lowered]) -> ProgramTable:
+        return ProgramTable(lambda size, postponed: self._compiled(kind, size, lower, postponed=postponed))
+
+    def with_pages(self, num_pages: int) -> StepPrograms:
+        """The same programs for a cache of another size; none of them is compiled yet."""
+        other = copy.copy(self)
+        other.shapes = replace(self.shapes, num_pages=num_pages)
+        other._make_tables()
+        return other
 
     # --- the functions that are traced
 
@@ -232,33 +247,55 @@ class StepPrograms:
             stack.enter_context(jax.default_matmul_precision("highest"))
         return stack
 
-    def compile_all(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
-        """Compiles every program that is not there yet, several at a time.
+    def compile_all(
+        self,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+        *,
+        first: Collection[Bucket] | None = None,
+    ) -> list[tuple[ProgramTable, Any]]:
+        """Compiles or loads every program that is not there yet, several at a time.
 
         Args:
             progress: called with how many are done, and of how many.
+            first: where given, programs of other buckets that the store holds are postponed: they are loaded once
+                they are wanted.
+
+        Returns:
+            Table and size of all that were postponed, the smallest first.
         """
         rows = sorted({bucket.sampled_rows for bucket in self.shapes.buckets})
-        jobs: list[tuple[dict[Any, Any], str, Any, Callable[[], jax.stages.Lowered]]] = []
         # The largest first, so that none of them is left alone at the end.
-        for bucket in sorted(self.shapes.buckets, reverse=True, key=lambda b: b.tokens):
-            jobs.append((self.forwards, "forward", bucket, partial(self.lower_forward, bucket)))
+        buckets = sorted(self.shapes.buckets, reverse=True, key=lambda b: b.tokens)
+        jobs: list[tuple[ProgramTable, str, Any]] = [(self.forwards, "forward", bucket) for bucket in buckets]
         for count in reversed(rows):
-            jobs.append((self.full_samplers, "full_sample", count, partial(self.lower_full_sample, count)))
-            jobs.append((self.samplers, "sample", count, partial(self.lower_sample, count)))
-        done = 0
-        progress(0, len(jobs))
+            jobs += [(self.full_samplers, "full_sample", count), (self.samplers, "sample", count)]
+        wanted = {*(first or ()), *(bucket.sampled_rows for bucket in first or ())}
+        now, later = [], []
+        for table, kind, size in jobs:
+            ready = first is not None and self.store is not None and self.store.holds(self._key(kind, size))
+            # Who asks for the full sampler's many features is rare enough to wait for it.
+            if size in table or not ready or (size in wanted and table is not self.full_samplers):
+                now.append((table, size))
+            else:
+                table.postponed.add(size)
+                later.append((table, size))
+        if later:  # they count already: more `compiles` after start-up are a bug
+            self.metrics.count("compiles", len(later))
+            self.metrics.count("executables_loaded", len(later))
+        done = len(later)
+        progress(done, len(jobs))
 
-        def compile_one(table: dict[Any, Any], kind: str, size: Any, lower: Callable[[], jax.stages.Lowered]) -> None:
+        def compile_one(table: ProgramTable, size: Any) -> None:
             if size not in table:
-                table[size] = self._compiled(kind, size, lower)
+                table.add(size)
             self.metrics.count("compiles")
 
         with ThreadPoolExecutor(max_workers=max(2, min(16, os.cpu_count() or 1))) as pool:
-            for future in as_completed([pool.submit(compile_one, *job) for job in jobs]):
+            for future in as_completed([pool.submit(compile_one, *job) for job in now]):
                 future.result()
                 done += 1
                 progress(done, len(jobs))
+        return later[::-1]
 
     def temporaries(self, bucket: Bucket) -> int:
         """Bytes that the forward of a bucket takes on a device besides its arguments and results.
@@ -273,16 +310,12 @@ class StepPrograms:
             if known is not None:
                 return known
         if bucket not in self.forwards:
-            self.forwards[bucket] = self._compiled("forward", bucket, partial(self.lower_forward, bucket))
+            self.forwards.add(bucket)
         return int(memory_analysis(self.forwards[bucket]).temp_size_in_bytes)
 
     def make_cache(self) -> KVCache:
         """Allocates the KV cache on the devices; all zero."""
-
-        def lower() -> jax.stages.Lowered:
-            return KVCache.zeros_of(self.cache_shapes).lower()
-
-        cache: KVCache = self._compiled("cache", 0, lower)()
+        cache: KVCache = self._compiled("cache", 0, lambda size: KVCache.zeros_of(self.cache_shapes).lower())()
         return cache
 
     def least(self, value: int) -> int:
@@ -291,11 +324,11 @@ class StepPrograms:
             return value
         each = named_sharding(self.mesh, ("vocab",), self.rules)
 
-        def lower() -> jax.stages.Lowered:
-            return jax.jit(jnp.min, out_shardings=self.replicated).lower(self._array(self.mesh.size, sharding=each))
+        def lower(size: int) -> jax.stages.Lowered:
+            return jax.jit(jnp.min, out_shardings=self.replicated).lower(self._array(size, sharding=each))
 
         given = jax.make_array_from_callback((self.mesh.size,), each, lambda index: np.full(1, value, np.int32))
-        return int(self._compiled("least", 0, lower)(given))
+        return int(self._compiled("least", self.mesh.size, lower)(given))
 
     def replicate(self, values: np.ndarray) -> jax.Array:
         """An array that every process gives alike, on all devices. For start-up: a step takes numpy arrays as they are.
@@ -304,16 +337,21 @@ class StepPrograms:
         """
         return jax.make_array_from_callback(values.shape, self.replicated, lambda index: values[index])
 
-    def _compiled(self, kind: str, size: object, lower: Callable[[], jax.stages.Lowered]) -> jax.stages.Compiled:
-        """A program from the store, or else compiled and put there."""
+    def _compiled(
+        self, kind: str, size: Any, lower: Callable[[Any], jax.stages.Lowered], *, postponed: bool = False
+    ) -> jax.stages.Compiled:
+        """A program from the store, or else compiled and put there; a postponed one was counted as loaded before."""
         if self.store is None:
-            return lower().compile()
+            return lower(size).compile()
         key = self._key(kind, size)
         compiled = self.store.load(key, self.mesh)
-        if compiled is not None:
+        if compiled is None:
+            if postponed:
+                self.metrics.count("compiles")
+            return self.store.compile(key, lower(size))
+        if not postponed:
             self.metrics.count("executables_loaded")
-            return compiled
-        return self.store.compile(key, lower())
+        return compiled
 
     def _key(self, kind: str, size: object) -> str:
         program = {

@@ -39,6 +39,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "batch",
         "memory",
         "executables",
+        "program_table",
         "step",
     ),
     # 2: weights

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ryzanstein_jax.attention import BLOCK, TILE, attend, max_tiles
+from ryzanstein_jax.attention import BLOCK, SHARERS, TILE, attend, max_tiles
 from ryzanstein_jax.batch import Bucket, StepLayout, attention_plan
 from tests.support import make_plan
 
@@ -144,6 +144,41 @@ def test_a_sequence_does_not_see_the_others(page_size, window, softcap):
     alone += [Case([], [chunk], page_size, 2).run(window, softcap)[0][0] for chunk in chunks]
     for one, other in zip(together, alone, strict=True):
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("window", [None, 150])
+def test_shared_blocks(window):
+    """Sequences that begin on the same pages, beside some that do not, attend as if each had its own."""
+    page_size, decodes = 16, 2 * SHARERS + 3
+    layout = StepLayout(Bucket(decodes + 1, 0, 0, decodes + 1), page_size, LONGEST // page_size)
+    rng = np.random.default_rng(7)
+    pages = iter(rng.permutation(np.arange(1, 1 + decodes * LONGEST // page_size)).tolist())
+    tables = [[next(pages) for _ in range(LONGEST // page_size)] for _ in range(decodes)]
+    lens = rng.integers(2 * BLOCK + 1, LONGEST, decodes)
+    lens[0] = 2 * BLOCK  # its last shared block is the one it is writing to: it reads that block alone
+    for sequence in range(decodes - 1):  # two groups, of one and of three whole blocks, and some pages more
+        first, shared = (0, BLOCK) if sequence <= SHARERS else (SHARERS + 1, 3 * BLOCK)
+        tables[sequence][: shared // page_size + 1] = tables[first][: shared // page_size + 1]
+        lens[sequence] = max(lens[sequence], shared + page_size + 1) if sequence else lens[sequence]
+    plan = make_plan([(np.zeros(LONGEST, np.int32), tables[i], int(lens[i]) - 1) for i in range(decodes)], [])
+    fields = jax.jit(layout.unpack)(layout.pack(plan))
+    assert fields["num_shared"] == 1 + 3 and fields["shared_members"].sum() == SHARERS + 1 + 3 * (SHARERS + 1)
+    assert fields["private_blocks"].sum() == (-(-lens // BLOCK)).sum() - fields["shared_members"].sum()
+
+    cache = (1 + decodes * LONGEST // page_size, SLOTS, page_size, HEAD_DIM)
+    keys, values = (rng.standard_normal(cache).astype(np.float32) for _ in range(2))
+    q = rng.standard_normal((decodes + 1, SLOTS, QUERIES, HEAD_DIM)).astype(np.float32)
+    k, v = (rng.standard_normal((decodes + 1, SLOTS, HEAD_DIM)).astype(np.float32) for _ in range(2))
+    run = jax.jit(functools.partial(attend, scale=SCALE, window=window))
+    out, keys, values = run(q, k, v, keys, values, attention_plan(fields))
+    for sequence, length in enumerate(lens.tolist()):
+        seen_k, seen_v = (
+            np.asarray(x)[tables[sequence]].transpose(0, 2, 1, 3).reshape(-1, SLOTS, HEAD_DIM)[:length]
+            for x in (keys, values)
+        )
+        padded_q = np.broadcast_to(q[sequence], (length, *q[sequence].shape))
+        wanted = reference(padded_q, seen_k, seen_v, length - 1, window, None)[0]
+        np.testing.assert_allclose(np.asarray(out)[sequence], wanted, atol=2e-5, err_msg=f"{sequence}")
 
 
 @pytest.mark.parametrize("tokens", [0, 1, TILE - 1, TILE, 3 * TILE + 5])

@@ -16,6 +16,7 @@ from ryzanstein_jax import executables
 from ryzanstein_jax.batch import bucket_ladder
 from ryzanstein_jax.executables import ExecutableStore, environment_of, open_store, program_key, program_sources
 from ryzanstein_jax.metrics import Metrics
+from ryzanstein_jax.program_table import BackgroundLoader, ProgramTable
 from ryzanstein_jax.request import SamplingParams
 from ryzanstein_jax.sharding import PaddedSizes, collectives, make_mesh
 from ryzanstein_jax.step import StepPrograms, StepShapes
@@ -296,6 +297,62 @@ def test_what_comes_out_of_jaxs_own_cache_is_not_kept(store, jax_cache):
     jax.clear_caches()
     store.compile("hit", lower_sum(24))
     assert store.load("hit", MESH) is None
+
+
+def test_programs_that_are_not_needed_first_are_postponed(store):
+    spec = golden_spec("smollm2")
+    spec = spec.replace(layers=spec.layers[:1])
+    buckets = tuple(bucket_ladder(2, 16))
+
+    def start(**how) -> tuple[StepPrograms, list, list]:
+        shapes, seen = StepShapes(buckets, 8, 4, 8, num_logprobs=2, max_bias=8), []
+        programs = StepPrograms(spec, PaddedSizes.of(spec, 1), jnp.dtype("float32"), make_mesh(1), shapes, store=store)
+        return programs, programs.compile_all(lambda *state: seen.append(state), **how), seen
+
+    with quick_compiles():
+        cold, later, _ = start(first=buckets[:1])
+        assert later == [] and set(cold.forwards) == set(buckets), "nothing lies ready yet"
+        total = cold.metrics.counter("compiles")
+        warm, later, seen = start(first=buckets[:1])
+        assert set(warm.forwards) == {buckets[0]} and set(warm.samplers) == {1} and warm.full_samplers == {}
+        assert len(later) == total - 2 and seen == [(total - 2, total), (total - 1, total), (total, total)]
+        assert warm.forwards[buckets[-1]] is warm.forwards[buckets[-1]], "loaded when asked for, and once"
+        with pytest.raises(KeyError):
+            warm.forwards["no such size"]
+        loader = BackgroundLoader(later)
+        loader.wait()
+        assert set(warm.forwards) == set(buckets) and set(warm.full_samplers) == set(cold.full_samplers)
+        counted = warm.metrics.snapshot()["counters"]
+        assert counted == {"compiles": total, "executables_loaded": total}
+
+        # An entry that lay there and turns out damaged is compiled, and that shows.
+        again, later, _ = start(first=[])
+        for path in store.folder.iterdir():
+            path.write_bytes(b"damaged")
+        table, size = later[0]
+        assert table[size] is not None and again.metrics.counter("compiles") == total + 1
+
+        everything, later, _ = start()
+        assert later == [] and len(everything.forwards) == len(buckets)
+
+
+def test_the_background_stops_before_the_next_load():
+    started, go, loaded = threading.Event(), threading.Event(), []
+
+    def make(size, postponed):
+        started.set()
+        go.wait(10)
+        loaded.append(size)
+        return size
+
+    table = ProgramTable(make)
+    table.postponed = {1, 2}
+    loader = BackgroundLoader([(table, 1), (table, 2)])
+    assert started.wait(10)
+    loader.stop()
+    go.set()
+    loader.wait()
+    assert loaded == [1] and table.postponed == {2}
 
 
 def test_a_second_engine_compiles_nothing_and_gives_the_same_tokens(tmp_path, monkeypatch):

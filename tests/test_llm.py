@@ -150,10 +150,12 @@ def test_async_requests_run_together_and_may_be_cancelled(golden):
 
             async def consume():
                 async for _ in model.stream(prompt, long):
-                    pass
+                    begun.set()
+                    await asyncio.Event().wait()  # on a fast machine all would be there before the task is cancelled
 
+            begun = asyncio.Event()
             task = asyncio.create_task(consume())
-            await asyncio.sleep(0.02)
+            await begun.wait()
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task

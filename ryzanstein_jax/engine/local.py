@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
 
-from ryzanstein_jax.batch import bucket_ladder
+from ryzanstein_jax.batch import Bucket, bucket_ladder
 from ryzanstein_jax.budget import resolve_dtype, resolve_fraction
 from ryzanstein_jax.checkpoint.assemble import LoadReport, load_params
 from ryzanstein_jax.checkpoint.dummy import dummy_params
@@ -29,6 +29,7 @@ from ryzanstein_jax.model.decoder import Decoder
 from ryzanstein_jax.model.params import ParamSpec, param_specs
 from ryzanstein_jax.model.spec import ModelSpec
 from ryzanstein_jax.plan import StepPlan, StepResult
+from ryzanstein_jax.program_table import BackgroundLoader
 from ryzanstein_jax.request import MAX_STOPS
 from ryzanstein_jax.sharding import Collective, PaddedSizes, collectives, make_mesh
 from ryzanstein_jax.step import StepPrograms, StepShapes
@@ -47,6 +48,9 @@ class LocalExecutor:
         files: the model, as `resolve_model` found it.
         spec: what it computes, as `spec_from_config` read it.
         progress: called with what is going on, how much is done, and of how much.
+        first: the steps that will come first, as (decode tokens, prompt tokens) each: their programs are loaded
+            before the executor is ready. Others that earlier starts left on disk are loaded meanwhile, or when a
+            step wants them.
 
     Raises:
         ConfigError: there are too few devices.
@@ -61,6 +65,7 @@ class LocalExecutor:
         spec: ModelSpec,
         *,
         progress: Progress = lambda what, done, total: None,
+        first: Collection[tuple[int, int]] = ((0, 1), (1, 0)),
     ):
         store = prepare_process(config)
         mesh = make_mesh(config.tensor_parallel_size)
@@ -88,10 +93,7 @@ class LocalExecutor:
             max_bias=max_rows * (config.max_logit_bias + MAX_STOPS + len(spec.eos_token_ids)),
         )
 
-        def make_programs(shapes: StepShapes) -> StepPrograms:
-            return StepPrograms(spec, sizes, dtype, mesh, shapes, metrics=self.metrics, store=store)
-
-        programs = make_programs(shapes)
+        programs = StepPrograms(spec, sizes, dtype, mesh, shapes, metrics=self.metrics, store=store)
         progress("measuring memory", 0, 1)
         temporaries = programs.temporaries(buckets[-1])
         progress("measuring memory", 1, 1)
@@ -112,12 +114,12 @@ class LocalExecutor:
         )
         if config.num_pages is None:
             memory = dataclasses.replace(memory, num_pages=programs.least(memory.num_pages))
-            shapes = dataclasses.replace(shapes, num_pages=memory.num_pages)
-            programs = make_programs(shapes)
+            programs = programs.with_pages(memory.num_pages)
 
         with ThreadPoolExecutor(1) as loader:
             loading = loader.submit(_load, config, files, spec, sizes, programs)
-            programs.compile_all(lambda done, total: progress("compiling", done, total))
+            needed = {_bucket_for(buckets, *step) for step in first}
+            postponed = programs.compile_all(lambda done, total: progress("compiling", done, total), first=needed)
             compile_seconds = time.perf_counter() - began
             progress("loading weights", 0, 1)
             params, load, load_seconds = loading.result()
@@ -137,6 +139,7 @@ class LocalExecutor:
             num_programs=self.metrics.counter("compiles"),
             num_loaded=self.metrics.counter("executables_loaded"),
         )
+        self._background = BackgroundLoader(postponed)
 
     def submit(self, plan: StepPlan) -> None:
         self._runner.submit(plan)
@@ -145,13 +148,21 @@ class LocalExecutor:
         return self._runner.collect()
 
     def close(self) -> None:
+        self._background.stop()
         self._runner.close()
 
     def collectives(self) -> dict[str, list[Collective]]:
         """What each compiled forward and sampler communicates, by program."""
+        self._background.wait()
         found = {f"forward, {bucket}": collectives(program) for bucket, program in self._programs.forwards.items()}
         found |= {f"sample, {rows} rows": collectives(program) for rows, program in self._programs.samplers.items()}
         return found
+
+
+def _bucket_for(buckets: list[Bucket], decodes: int, prompt_tokens: int) -> Bucket:
+    """The cheapest bucket for so many tokens, or the largest."""
+    fit = (b for b in buckets if b.decodes >= decodes and b.prefill_tokens >= prompt_tokens)
+    return next(fit, buckets[-1])
 
 
 def snapshot_model(config: EngineConfig, folder: str | Path, *, overwrite: bool = False) -> Path:

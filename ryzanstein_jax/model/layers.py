@@ -35,9 +35,24 @@ def activation(name: str) -> Callable[[jax.Array], jax.Array]:
     }[name]
 
 
+#: Rows up to which XLA's CPU product is up to a third faster as (W x^T)^T; from more on, both ways are alike.
+_FEW_ROWS = 64
+
+
 def product(x_TI: jax.Array, kernel_OI: jax.Array) -> jax.Array:
-    """x W^T. Both are matrices: of a kernel with more dimensions XLA would make a transposed copy each time."""
-    return jax.lax.dot_general(x_TI, kernel_OI, (((1,), (1,)), ((), ())))
+    """x W^T. Both are matrices: of a kernel with more dimensions XLA would
+    make a transposed copy each time."""
+
+    def plain(x_TI: jax.Array, kernel_OI: jax.Array) -> jax.Array:
+        return jax.lax.dot_general(x_TI, kernel_OI, (((1,), (1,)), ((), ())))
+
+    def kernel_first(x_TI: jax.Array, kernel_OI: jax.Array) -> jax.Array:
+        # Without the barrier XLA would put the transposed product back into the first form.
+        return jax.lax.optimization_barrier(plain(kernel_OI, x_TI)).T
+
+    if x_TI.dtype != jnp.float32 or not 1 < x_TI.shape[0] <= _FEW_ROWS:
+        return plain(x_TI, kernel_OI)
+    return jax.lax.platform_dependent(x_TI, kernel_OI, cpu=kernel_first, default=plain)
 
 
 class ColumnParallelLinear(nnx.Module):
@@ -108,6 +123,8 @@ class VocabParallelEmbedding(nnx.Module):
 
     def logits(self, x_RD: jax.Array) -> jax.Array:
         """float32 [R, V], sharded over V."""
+        if x_RD.dtype == jnp.float32:
+            return product(x_RD, self.table[...])
         return jax.lax.dot_general(x_RD, self.table[...], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -81,6 +82,22 @@ class Launch:
             except (KeyError, TypeError, RyzansteinError) as error:
                 raise GroupFault(Fault(FaultKind.START, f"it greets wrongly: {error}", (rank,))) from error
         return devices
+
+    def wait(self, may_load: threading.Event) -> None:
+        """Until it is set; no part of the start. Ranks go on to beat meanwhile, and must find a reader.
+
+        Raises:
+            GroupFault: as `join`.
+        """
+        began = time.monotonic()
+        while not may_load.is_set():
+            for notice in self._group.poll(TICK):
+                fault_if_error(self._group, notice, serving=False)
+            fault = self._monitor.check()
+            if fault is not None:
+                raise GroupFault(fault)
+        waited = time.monotonic() - began
+        self._began, self._deadline = self._began + waited, self._deadline + waited
 
     def load(self, config: EngineConfig, progress: Progress) -> Ready:
         """Has all ranks load the model.

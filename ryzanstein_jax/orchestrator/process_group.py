@@ -97,8 +97,9 @@ class ProcessGroup:
 
     def wake(self) -> None:
         """Has `poll` return, from another thread."""
-        with contextlib.suppress(OSError):
-            os.eventfd_write(self._wake, 1)
+        if self._wake >= 0:
+            with contextlib.suppress(OSError):
+                os.eventfd_write(self._wake, 1)
 
     def _read_agent(self, agent: HostAgent) -> list[Notice]:
         ended: Rank | None = None
@@ -290,7 +291,8 @@ class ProcessGroup:
         while self._arrivals:
             self._arrivals.popleft()[2].close()
         self._selector.close()
-        os.close(self._wake)
+        wake, self._wake = self._wake, -1  # another thread may still call `wake`, and the number will be another file's
+        os.close(wake)
         for rank in self.ranks:
             rank.control.close()
             rank.steps.close()

@@ -78,6 +78,9 @@ class Supervisor:
 
     def load(self) -> None:
         self._may_load.set()
+        group = self._group
+        if group is not None:
+            group.wake()
 
     def suspect(self, group: ProcessGroup, fault: Fault) -> None:
         """The engine's thread met a fault of a group; the supervisor may know better what it was."""
@@ -180,7 +183,7 @@ class Supervisor:
         self._check_fit(devices)
         self.joined = True
         self._owner.tell_joined()
-        self._may_load.wait()
+        launch.wait(self._may_load)
         pages = self._num_pages.get(width, self._config.num_pages)
         if pages is not None and self._page_divisor > 1:
             pages = max(2, pages // self._page_divisor)

@@ -45,7 +45,7 @@ def run(model: str, settings: dict[str, Any]) -> dict[str, Any]:
             "compiled_later": compiled_later,
             "cache_moved": before != cache_pointers(executor),
             "collectives": {name: [vars(c) for c in found] for name, found in executor.collectives().items()},
-            "read": executor.report.load.bytes_read if executor.report.load else 0,
+            "read": executor.report.load.get("bytes_read", 0),
             "devices": [jax.local_device_count(), jax.device_count()],
             "processes": jax.process_count(),
         }

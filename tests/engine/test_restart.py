@@ -174,7 +174,8 @@ def test_with_everything_aborted_nothing_is_left_to_do():
     one.add("r", [1])
     lost(one, executor)
     one.engine.abort("r")
-    one.run()
+    one.step()
+    assert not one.engine.has_unfinished(), "nobody needs devices"
     one.add("later", [2])
     executor._waits = 0
     one.run()
@@ -287,7 +288,8 @@ def test_limits_may_grow_again():
 
 @pytest.mark.parametrize("restarts", [0, 2])
 def test_when_there_are_no_more_devices_every_request_is_told(restarts):
-    executor = Restarting(deaths=[5, 12, 19], restarts=restarts, not_ready=1)
+    deaths = [5, 12, 19]
+    executor = Restarting(deaths=deaths, restarts=restarts, not_ready=1)
     one = client(executor, eos=())
     one.add("running", [1, 2], n=2, max_tokens=40)
     one.add("other", [3], max_tokens=40)
@@ -301,6 +303,7 @@ def test_when_there_are_no_more_devices_every_request_is_told(restarts):
         for completion in output.outputs:
             assert completion.token_ids == one.expected(name, completion.index)[0][: len(completion.token_ids)]
     assert one.streams["running"][0], "what it had is kept"
+    assert executor.num_calls == deaths[restarts] + 1, "the dead are left in peace"
     with pytest.raises(RecoveryExhaustedError, match="gave up"):
         one.engine.add("later", [1], SamplingParams())
     for _ in range(50):

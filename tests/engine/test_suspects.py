@@ -132,6 +132,23 @@ def test_a_suspect_gets_the_pages_of_all():
     assert [len(one.token_ids) for one in (first, second)] == [29, 29]
 
 
+def test_the_next_suspect_waits_until_the_last_step_of_the_one_before_is_done():
+    scheduler = Scheduler(limits())
+    first, second = sequence([1], max_tokens=9), sequence([2], max_tokens=9)
+    for _ in range(2):
+        scheduler._suspects.blame([first, second])
+    scheduler.add(first)
+    scheduler.add(second)
+    flying = [scheduler.schedule(), scheduler.schedule()]
+    while first.num_strikes:
+        scheduler.commit(result(flying.pop(0)))
+        if first.num_strikes:
+            flying.append(scheduler.schedule())
+    assert len(flying) == 1 and scheduler.schedule() is None, "else both would be blamed for the next loss"
+    scheduler.commit(result(flying.pop()))
+    assert len(scheduler.schedule().query_lens) == 1 and second.is_running and not first.is_running
+
+
 def test_the_convicted_leaves_and_its_error_is_its_own():
     scheduler = Scheduler(limits())
     guilty, other = sequence([1] * 9), sequence([2])

@@ -163,6 +163,18 @@ def test_one_byte_at_a_time_gets_no_more_time(ends):
     assert time.monotonic() - began < 2.0
 
 
+def test_both_frames_share_one_deadline(ends):
+    left, right = ends
+
+    def half() -> None:
+        time.sleep(0.8)
+        right.send(Kind.AUTH, os.urandom(32))
+
+    began = time.monotonic()
+    assert isinstance(against(left, half, timeout=1.0), ChannelClosedError)
+    assert time.monotonic() - began < 1.7
+
+
 def test_who_hangs_up_is_gone(ends):
     left, right = ends
     assert isinstance(against(left, right.close), ChannelClosedError)

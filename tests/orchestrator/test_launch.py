@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import os
+import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -23,7 +25,7 @@ CONFIG = EngineConfig("none", tensor_parallel_size=2)
 LIMITS = dataclasses.asdict(limits())
 READY = {
     "limits": LIMITS,
-    "report": SetupReport("cpu", "float32", MemoryPlan(*range(1, 9)), {}, 0.1, 0.2, 3).to_json(),
+    "report": SetupReport("cpu", "float32", MemoryPlan(*range(1, 9)), {}, 0.1, 0.2, 3, 3).to_json(),
     "counters": {"compiles": 4},
 }
 
@@ -120,6 +122,46 @@ def test_what_the_monitor_finds_ends_the_wait():
 def test_closing_ends_the_wait():
     with pytest.raises(GroupFault, match="closing"):
         launch(Group(), closing=True).join()
+
+
+# -- Waiting for the order to load
+
+
+def test_ranks_are_listened_to_until_the_order_comes():
+    """Else their heartbeats fill the socket, and the thread that sends them gives up."""
+    event, polls = threading.Event(), []
+
+    class Waiting(Group):
+        def poll(self, timeout):
+            polls.append(timeout)
+            if len(polls) == 5:
+                event.set()
+            time.sleep(0.05 if len(polls) <= 5 else 0)
+            return super().poll(timeout)
+
+    group = Waiting(*[[]] * 6, [(0, Kind.READY, READY), (1, Kind.READY, READY)])
+    start = launch(group, timeout=0.2)
+    start.wait(event)
+    assert len(polls) == 5 and polls[0] <= 0.1
+    ready = start.load(CONFIG, lambda what, done, total: None)
+    assert ready.join_seconds < 0.2, "the wait is no part of the start"
+
+
+def test_an_order_that_came_already_is_obeyed_at_once():
+    event = threading.Event()
+    event.set()
+    group = Group([(0, Kind.READY, READY)])
+    launch(group).wait(event)
+    assert len(group.script) == 1, "nothing was read that the next one needs"
+
+
+def test_faults_are_seen_while_the_order_is_awaited():
+    hang = Fault(FaultKind.HANG, "x", (1,))
+    with pytest.raises(GroupFault, match="x"):
+        launch(Group(), fault=hang).wait(threading.Event())
+    error = {"kind": "device", "type": "X", "message": "no"}
+    with pytest.raises(GroupFault, match="no"):
+        launch(Group([(1, Kind.ERROR, error)])).wait(threading.Event())
 
 
 # -- Loading

@@ -1,0 +1,74 @@
+"""Compiled programs by size, some of which wait on disk until they are wanted.
+
+Loading all programs of a large ladder takes seconds, and the first request needs two of them. So those that are known
+to lie ready are postponed: a thread loads them one by one, and one that is asked for sooner is loaded there and then.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from typing import Any
+
+_NICENESS = 10
+
+
+class ProgramTable(dict[Any, Any]):
+    """Programs of one kind by their size; `table[size]` loads a postponed one. Safe for several threads.
+
+    Two threads that want the same one at once both load it, and one is dropped: neither waits for the other,
+    which may be the one that runs when nothing else does.
+
+    Args:
+        make: gives the program of a size; its second argument says whether it had been postponed.
+    """
+
+    def __init__(self, make: Callable[[Any, bool], Any]):
+        super().__init__()
+        self._make = make
+        self.postponed: set[Any] = set()
+
+    def add(self, size: Any) -> None:
+        """Makes the program of a size."""
+        self[size] = self._make(size, False)
+
+    def __missing__(self, size: Any) -> Any:
+        if size not in self.postponed:
+            raise KeyError(size)
+        program = self.setdefault(size, self._make(size, True))
+        self.postponed.discard(size)
+        return program
+
+
+class BackgroundLoader:
+    """Loads postponed programs in a thread of its own, when the processors have nothing better to do.
+
+    Args:
+        waiting: table and size of each, in the order in which they are likely to be wanted.
+    """
+
+    def __init__(self, waiting: Iterable[tuple[ProgramTable, Any]]):
+        self._waiting = list(waiting)
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="load-programs")
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Starts no further load; the one under way goes on."""
+        self._stopped.set()
+
+    def wait(self) -> None:
+        """Returns once everything is loaded, or it was stopped."""
+        self._thread.join()
+
+    def _run(self) -> None:
+        with suppress(OSError, AttributeError):  # not Linux: there a thread has no niceness of its own
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+        for table, size in self._waiting:
+            # The interpreter waits for this thread when it exits.
+            if self._stopped.is_set() or not threading.main_thread().is_alive():
+                return
+            if size not in table:
+                table[size]
