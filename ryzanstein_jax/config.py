@@ -108,6 +108,8 @@ class OrchestratorConfig:
         restart_backoff_sec: wait before the second restart in a row; it doubles with each further one, to 30.
         max_device_failures: faults of one device after which the group goes on without it.
         min_tensor_parallel_size: narrowest group to go on with.
+        restore_after_sec: how long a narrower group serves before a wider one takes its place, once machines that
+            were lost are back; the requests that run then are replayed.
         process_per_device: one process for each device; False makes one for all devices of this machine.
         drain_timeout_sec: how long `cleanup` lets processes end by themselves.
         log_dir: folder in which each run keeps its ranks' logs, in a folder of its own that goes with a clean end;
@@ -137,6 +139,7 @@ class OrchestratorConfig:
     restart_backoff_sec: float = 0.5
     max_device_failures: int = 3
     min_tensor_parallel_size: int = 1
+    restore_after_sec: float = 10.0
     process_per_device: bool = True
     drain_timeout_sec: float = 5.0
     log_dir: str | None = None

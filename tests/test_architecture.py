@@ -119,6 +119,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "orchestrator.recovery",
         "orchestrator.launch",
         "orchestrator.states",
+        "orchestrator.owner",
         "orchestrator.supervisor",
         "orchestrator.orchestrator",
     ),

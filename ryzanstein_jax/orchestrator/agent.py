@@ -77,26 +77,29 @@ class Agent:
         signal.signal(signal.SIGCHLD, lambda number, frame: None)
         for number in (signal.SIGINT, signal.SIGTERM):  # on the leader's machine those are the leader's to handle
             signal.signal(number, signal.SIG_IGN if self._dialer is None else self._end)
+        try:
+            end = self._serve()
+        except ChannelClosedError:
+            end = End.LOST
+        finally:
+            self._finish()
+        return End.SIGNAL if self._is_ended else end
+
+    def _serve(self) -> End:
         poller = select.poll()
         poller.register(self._channel, select.POLLIN)
         poller.register(self._wake, select.POLLIN)
-        try:
-            while True:
-                poller.poll()
-                with contextlib.suppress(BlockingIOError):
-                    os.read(self._wake, 4096)
-                self._reap()
-                if self._is_ended:
-                    return End.SIGNAL
-                # One by one, since descriptors are those of all frames taken: two orders must not mix theirs.
-                while (frame := self._channel.receive(0.0)) is not None:
-                    if frame[0] is Kind.STOP:
-                        return End.STOP
-                    self._obey(*frame)
-        except ChannelClosedError:
-            return End.LOST
-        finally:
-            self._finish()
+        while not self._is_ended:
+            poller.poll()
+            with contextlib.suppress(BlockingIOError):
+                os.read(self._wake, 4096)
+            self._reap()
+            # One by one, since descriptors are those of all frames taken: two orders must not mix theirs.
+            while (frame := self._channel.receive(0.0)) is not None:
+                if frame[0] is Kind.STOP:
+                    return End.STOP
+                self._obey(*frame)
+        return End.SIGNAL
 
     def _end(self, number: int, frame: object) -> None:
         self._is_ended = True
@@ -111,6 +114,9 @@ class Agent:
             self._children.pop(pid, None)
             if pid == 0:
                 time.sleep(0.01)
+        if self._dialer is not None:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_DFL)
         signal.set_wakeup_fd(-1)
         os.close(self._wake)
         os.close(self._woken)

@@ -102,10 +102,10 @@ class Hosts:
                     )
                 self._joined.wait(_TICK)
 
-    def num_slots(self) -> int:
-        """How many slots are here, as far as that is known."""
+    def here(self) -> tuple[int, ...]:
+        """The slots of the machines that are here, as far as that is known."""
         with self._joined:
-            return len(self._slots())
+            return self._slots()
 
     def names(self) -> dict[str, int]:
         """Devices of each machine that is here, by its name."""

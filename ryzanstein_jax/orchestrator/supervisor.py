@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
-from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any
 
-from ryzanstein_jax.config import EngineConfig, OrchestratorConfig
+from ryzanstein_jax.config import EngineConfig
 from ryzanstein_jax.engine.executor import ExecutorLimits
 from ryzanstein_jax.errors import (
     ConfigError,
@@ -17,52 +16,24 @@ from ryzanstein_jax.errors import (
     RyzansteinError,
     remote_error,
 )
-from ryzanstein_jax.metrics import Metrics
 from ryzanstein_jax.model.spec import ModelSpec
 from ryzanstein_jax.orchestrator.devices import DeviceReport
-from ryzanstein_jax.orchestrator.events import EventKind, EventLog
+from ryzanstein_jax.orchestrator.events import EventKind
 from ryzanstein_jax.orchestrator.fault import Fault, FaultKind, GroupFault
 from ryzanstein_jax.orchestrator.frames import FrameError, Kind
 from ryzanstein_jax.orchestrator.gpu_problems import Finding
 from ryzanstein_jax.orchestrator.gpu_watch import GpuWatch
 from ryzanstein_jax.orchestrator.group_manager import ProcessGroupManager
 from ryzanstein_jax.orchestrator.health import HealthMonitor
-from ryzanstein_jax.orchestrator.launch import (
-    TICK,
-    Launch,
-    Progress,
-    Ready,
-    fault_if_error,
-    rank_config,
-)
+from ryzanstein_jax.orchestrator.launch import TICK, Launch, Progress, Ready, cause_of, fault_if_error, rank_config
 from ryzanstein_jax.orchestrator.logs import RunLogs
+from ryzanstein_jax.orchestrator.owner import Owner
 from ryzanstein_jax.orchestrator.process_group import ProcessGroup
 from ryzanstein_jax.orchestrator.recovery import Action, Decision, FailureRecoveryManager
 from ryzanstein_jax.orchestrator.resources import ResourceAllocator
 from ryzanstein_jax.orchestrator.telemetry import GpuTelemetry
 
 _INSPECT_SECONDS = 60.0
-
-
-class Owner(Protocol):
-    """What a supervisor tells and asks the orchestrator."""
-
-    options: OrchestratorConfig
-    events: EventLog
-    metrics: Metrics
-
-    @property
-    def is_serving(self) -> bool: ...
-
-    def tell_joined(self) -> None: ...
-
-    def serve(self, group: ProcessGroup, *, degraded: bool) -> None: ...
-
-    def lose(self) -> None: ...
-
-    def fail(self, error: RyzansteinError) -> None: ...
-
-    def sockets_at_rest(self) -> AbstractContextManager[None]: ...
 
 
 class Supervisor:
@@ -174,6 +145,7 @@ class Supervisor:
                 try:
                     self._bring_up()
                     self._watch()
+                    self._widen()
                 except GroupFault as failure:
                     if not self._closing.is_set() and not self._answer(failure.fault):
                         break
@@ -252,10 +224,10 @@ class Supervisor:
         return tuple(usable[:width])
 
     def _watch(self) -> None:
-        """Until something goes wrong, which is raised as GroupFault, or the orchestrator closes."""
-        group = self._group
+        """Until something goes wrong, which is raised as GroupFault, a wider group can serve, or all closes."""
+        group, since = self._group, time.monotonic()
         assert group is not None
-        while not self._closing.is_set():
+        while not self._closing.is_set() and not self._may_widen(since):
             for notice in group.poll(TICK):
                 fault_if_error(group, notice, serving=True)
                 if notice.kind is Kind.PROBED:
@@ -278,18 +250,31 @@ class Supervisor:
                 group.tell(Kind.PROBE, {})
                 self.monitor.note_probe_sent()
 
+    def _may_widen(self, since: float) -> bool:
+        """Whether machines have come back, and the narrower group has served for a while."""
+        if (
+            self.width >= self._config.tensor_parallel_size
+            or time.monotonic() - since < self._options.restore_after_sec
+        ):
+            return False
+        assert self._manager is not None
+        here = [slot for slot in self._manager.hosts.here() if slot not in self._allocator.excluded]
+        return len(here) > self.width
+
+    def _widen(self) -> None:
+        """Ends a group that is well, for a wider one; its requests are replayed as after a fault."""
+        if not self._closing.is_set():
+            self._events.record(EventKind.RESTORED, "devices have come back", generation=self.generation)
+            self.last_fault = None
+            self._owner.lose()
+            self._kill()
+
     def _check_suspected(self, group: ProcessGroup) -> None:
-        """Acts on what the engine's thread met, after a moment in which its cause may show itself."""
-        if not self._suspected:
-            return
-        (of, fault), self._suspected = self._suspected[0], []
-        if of is not group:
-            return
-        deadline = time.monotonic() + 0.3
-        while time.monotonic() < deadline:
-            for notice in group.poll(TICK):
-                fault_if_error(group, notice, serving=True)
-        raise GroupFault(fault)
+        """Acts on what another thread met."""
+        if self._suspected:
+            (of, fault), self._suspected = self._suspected[0], []
+            if of is group:
+                raise GroupFault(fault)
 
     # --- GPUs seen from outside
 
@@ -314,10 +299,12 @@ class Supervisor:
 
     def _answer(self, fault: Fault) -> bool:
         """Kills the group and decides how to go on; False gives up."""
-        fault = dataclasses.replace(fault, serving=self._owner.is_serving)
         group = self._group  # None where an agent went away while ranks were asked for
+        fault = cause_of(group, fault) if group is not None else fault
+        fault = dataclasses.replace(fault, serving=self._owner.is_serving)
         by_rank = {rank.rank: rank.slot for rank in group.ranks} if group is not None else {}
-        slots = tuple(by_rank[rank] for rank in fault.ranks if by_rank.get(rank, -1) >= 0)
+        # The device of a rank that merely suffered is not to blame.
+        slots = tuple(by_rank[rank] for rank in fault.ranks if by_rank.get(rank, -1) >= 0 and not fault.is_effect)
         self._owner.lose()
         self.last_fault, self._suspected = fault, []
         self._events.record(

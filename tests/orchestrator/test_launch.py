@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import threading
 import time
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ import pytest
 from ryzanstein_jax.budget import MemoryPlan
 from ryzanstein_jax.config import EngineConfig, OrchestratorConfig
 from ryzanstein_jax.engine.report import SetupReport
-from ryzanstein_jax.orchestrator import slots as slots_module
+from ryzanstein_jax.orchestrator import slots
 from ryzanstein_jax.orchestrator.devices import DeviceReport
 from ryzanstein_jax.orchestrator.fault import Fault, FaultKind, GroupFault
 from ryzanstein_jax.orchestrator.frames import Kind
@@ -293,5 +294,5 @@ def test_which_devices_ranks_may_take(monkeypatch, platforms, devices, gpus, cou
             raise FileNotFoundError(path)
         return [f"gpu {number}" for number in range(gpus)]
 
-    monkeypatch.setattr(slots_module, "os", SimpleNamespace(environ=slots_module.os.environ, listdir=listdir))
+    monkeypatch.setattr(slots, "os", SimpleNamespace(environ=os.environ, listdir=listdir))
     assert visible_slots(2) == count
