@@ -361,10 +361,13 @@ class StepPrograms:
         return program_key(program, self._environment)
 
     def bucket_of(self, plan: StepPlan) -> Bucket:
-        """The cheapest bucket that holds a plan."""
-        for bucket in self.shapes.buckets:
-            if bucket.holds(plan):
+        """The cheapest bucket that holds a plan; of those whose program is there, if any."""
+        fitting = [bucket for bucket in self.shapes.buckets if bucket.holds(plan)]
+        for bucket in fitting:  # to load one takes longer than a larger one does
+            if bucket in self.forwards:
                 return bucket
+        if fitting:
+            return fitting[0]
         raise ValueError(
             f"no bucket holds {plan.num_decodes} decodes, {plan.num_prefill_tokens} prompt tokens of "
             f"{plan.num_prefills} prompts and {len(plan.rows)} rows"
