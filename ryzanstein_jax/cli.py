@@ -238,7 +238,7 @@ def worker(
 ) -> None:
     """Offers this machine's devices to the leader of an engine on another one."""
     from ryzanstein_jax.orchestrator.cluster import leader_address
-    from ryzanstein_jax.orchestrator.join import find_secret, start_worker
+    from ryzanstein_jax.orchestrator.worker_command import WorkerCommand, find_secret
 
     if devices is not None and not 1 <= devices <= 1024:
         raise ConfigError("devices", devices, "use a whole number from 1 to 1024")
@@ -246,7 +246,7 @@ def worker(
     address = leader or leader_address(cluster, port)
     parse_address("leader", address)
     name = name or os.uname().nodename
-    start_worker(address, secret, name=name, devices=devices, wait_sec=wait, reconnect=reconnect)
+    WorkerCommand(address, secret, name, devices, wait, reconnect).become()
 
 
 @app.command()
