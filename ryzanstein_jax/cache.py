@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 
 from ryzanstein_jax.errors import ConfigError
@@ -26,3 +27,23 @@ def cache_dir() -> Path:
     except RuntimeError as error:
         raise ConfigError("RYZANSTEIN_CACHE", own, "set it to a folder: this user has no home folder") from error
     return base / "ryzanstein_jax"
+
+
+def private_folder(folder: Path) -> Path:
+    """Makes a folder for this user alone where it is missing.
+
+    Raises:
+        OSError: it cannot be made, or others own it or may write to it.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    check_private(os.stat(folder), folder)
+    return folder
+
+
+def check_private(status: os.stat_result, path: Path) -> None:
+    """Raises PermissionError unless this user owns a file or folder and nobody else may write to it."""
+    if status.st_uid != os.geteuid():
+        raise PermissionError(f"{path} belongs to user {status.st_uid}: it is not trusted")
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise PermissionError(f"others may write to {path}: it is not trusted (chmod go-w once you know what is in it)")

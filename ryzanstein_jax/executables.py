@@ -38,6 +38,8 @@ import jaxlib
 from jax.experimental import serialize_executable
 from jax.sharding import Mesh
 
+from ryzanstein_jax.cache import check_private, private_folder
+
 _LOG = logging.getLogger(__name__)
 
 _SUFFIX = ".executable"
@@ -78,9 +80,7 @@ class ExecutableStore:
         self.folder, self.max_bytes = Path(folder), max_bytes
         self._trimming = threading.Lock()
         _watch_hits()
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
-        self.folder.mkdir(mode=0o700, exist_ok=True)
-        _check_owner(os.stat(self.folder), self.folder)
+        private_folder(self.folder)
 
     def load(self, key: str, mesh: Mesh) -> jax.stages.Compiled | None:
         """The program of a key, ready to run on the devices of `mesh`; None where there is none that can be used."""
@@ -151,7 +151,7 @@ class ExecutableStore:
         """Temporary bytes and payload of an intact entry that only this user can have written."""
         path = self._path(key)
         try:
-            _check_owner(os.stat(self.folder), self.folder)
+            check_private(os.stat(self.folder), self.folder)
             # A link could lead to anything; the descriptor is checked, so that it cannot be exchanged in between.
             with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as file:
                 content = _read_checked(file, path)
@@ -289,14 +289,5 @@ def _read_checked(file: BinaryIO, path: Path) -> bytes:
     status = os.fstat(file.fileno())
     if not stat.S_ISREG(status.st_mode) or status.st_size > _MAX_ENTRY_BYTES + _HEADER.size:
         raise OSError(f"{path} is no file of a size that was written here")
-    _check_owner(status, path)
+    check_private(status, path)
     return file.read()
-
-
-def _check_owner(status: os.stat_result, path: Path) -> None:
-    if status.st_uid != os.geteuid():
-        raise PermissionError(f"{path} belongs to user {status.st_uid}: it is not trusted")
-    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise PermissionError(
-            f"others may write to {path}: it is not trusted (chmod go-w, once you know what is in it)"
-        )

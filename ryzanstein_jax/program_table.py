@@ -47,10 +47,11 @@ class BackgroundLoader:
 
     Args:
         waiting: table and size of each, in the order in which they are likely to be wanted.
+        afterwards: what else to do when nothing else is to be done; None for nothing.
     """
 
-    def __init__(self, waiting: Iterable[tuple[ProgramTable, Any]]):
-        self._waiting = list(waiting)
+    def __init__(self, waiting: Iterable[tuple[ProgramTable, Any]], afterwards: Callable[[], object] | None = None):
+        self._waiting, self._afterwards = list(waiting), afterwards
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="load-programs")
         self._thread.start()
@@ -67,8 +68,14 @@ class BackgroundLoader:
         with suppress(OSError, AttributeError):  # not Linux: there a thread has no niceness of its own
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
         for table, size in self._waiting:
-            # The interpreter waits for this thread when it exits.
-            if self._stopped.is_set() or not threading.main_thread().is_alive():
+            if self._is_over():
                 return
             if size not in table:
                 table[size]
+        if self._afterwards is not None and not self._is_over():
+            self._afterwards()
+        self._afterwards = None  # it may hold files open
+
+    def _is_over(self) -> bool:
+        # The interpreter waits for this thread when it exits.
+        return self._stopped.is_set() or not threading.main_thread().is_alive()

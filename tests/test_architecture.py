@@ -49,6 +49,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "checkpoint.safetensors",
         "checkpoint.gguf_metadata",
         "checkpoint.gguf",
+        "checkpoint.converted",
         "checkpoint.gguf_config",
         "checkpoint.gguf_tokenizer",
         "checkpoint.names",

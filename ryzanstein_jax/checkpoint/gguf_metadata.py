@@ -7,7 +7,9 @@ a tenth of one. Every length is checked against the file before anything is allo
 from __future__ import annotations
 
 import mmap
+import os
 import struct
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +27,21 @@ MAX_STRING_BYTES = 16 << 20
 def read_gguf_metadata(path: str | Path) -> dict[str, Any]:
     """All metadata of a little-endian GGUF file, versions 2 and 3.
 
-    Values are int, float, bool, str, or a list of one of those.
+    Values are int, float, bool, str, or a list of one of those. Several readers of one file share them: leave them as
+    they are.
 
     Raises:
         WeightsError: the file is missing, no GGUF, truncated or corrupt.
     """
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise WeightsError(f"cannot read GGUF metadata: {error}", file=path) from error
+    return dict(_metadata_of(str(path), status.st_ino, status.st_size, status.st_mtime_ns))
+
+
+@lru_cache(maxsize=1)  # configuration, weights and tokenizer each read them at start, a tenth of a second each time
+def _metadata_of(path: str, *identity: int) -> dict[str, Any]:
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _Reader(data, path).metadata()

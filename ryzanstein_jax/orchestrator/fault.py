@@ -32,6 +32,8 @@ class Fault:
         seen: monotonic seconds at which the leader noticed.
         error_type: name of the exception that a rank raised; "" where it raised none.
         log: last lines that the first of `ranks` wrote.
+        is_effect: it may well follow from another fault, of a rank that is not named here: a collective fails on the
+            ranks that live, and often they tell before the death of the one that did not is seen.
     """
 
     kind: FaultKind
@@ -41,6 +43,7 @@ class Fault:
     seen: float = field(default_factory=time.monotonic)
     error_type: str = ""
     log: tuple[str, ...] = ()
+    is_effect: bool = False
 
     def __str__(self) -> str:
         who = f"rank {', '.join(map(str, self.ranks))}: " if self.ranks else ""

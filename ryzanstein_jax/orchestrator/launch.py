@@ -23,7 +23,7 @@ from ryzanstein_jax.orchestrator.process_group import Notice, ProcessGroup
 Progress = Callable[[str, int, int], None]
 #: How often the ranks are looked at, in seconds.
 TICK = 0.05
-#: How long the cause of a fault that is only a consequence may take to show itself, in seconds.
+#: How long the cause of a fault gets to show itself, in seconds.
 _CAUSE_SECONDS = 0.3
 
 
@@ -171,18 +171,34 @@ def fault_if_error(group: ProcessGroup, notice: Notice, *, serving: bool) -> Non
         kind = FaultKind.EXCEPTION
     if kind is FaultKind.EXCEPTION and not serving:
         kind = FaultKind.START
-    if kind is FaultKind.COLLECTIVE:
-        _await_cause(group)
     message = str(value.get("message"))
     log = () if kind is FaultKind.REFUSED else tuple(group.ranks[notice.rank].logs.tail(10))
-    raise GroupFault(Fault(kind, message, (notice.rank,), serving=serving, error_type=str(value.get("type")), log=log))
+    raise GroupFault(
+        Fault(
+            kind,
+            message,
+            (notice.rank,),
+            serving=serving,
+            error_type=str(value.get("type")),
+            log=log,
+            is_effect=kind is FaultKind.COLLECTIVE,
+        )
+    )
 
 
-def _await_cause(group: ProcessGroup) -> None:
-    """A collective breaks off where a neighbour died, and the word of that takes longer; raises GroupFault for it."""
+def cause_of(group: ProcessGroup, fault: Fault) -> Fault:
+    """What lies behind a fault that may be an effect: whatever else shows itself within a moment, or else the fault."""
+    if not fault.is_effect:
+        return fault
     deadline = time.monotonic() + _CAUSE_SECONDS
-    while time.monotonic() < deadline:
-        group.poll(TICK)
+    while (left := deadline - time.monotonic()) > 0:
+        try:
+            for notice in group.poll(left):
+                fault_if_error(group, notice, serving=True)
+        except GroupFault as failure:
+            if not failure.fault.is_effect:
+                return dataclasses.replace(failure.fault, seen=fault.seen)
+    return fault
 
 
 def rank_config(config: EngineConfig, devices: Sequence[DeviceReport], num_pages: int | None) -> EngineConfig:

@@ -237,7 +237,8 @@ class MultiGPUOrchestrator:
                 fault = failure.fault
             except ChannelClosedError as error:
                 # Its process has ended, which the supervisor sees too, and can say more about.
-                fault = Fault(FaultKind.PROCESS_DEATH, f"it left the steps' channel: {error}", (0,))
+                text = f"it left the steps' channel: {error}"
+                fault = Fault(FaultKind.PROCESS_DEATH, text, (0,), is_effect=True)
             except (FrameError, ValueError) as error:
                 fault = Fault(FaultKind.EXCEPTION, f"it sent what is no result: {error}", (0,))
             else:

@@ -201,7 +201,8 @@ class ProcessGroup:
                 raise GroupFault(self._fault_of_silence(receiver, error)) from error
 
     def _fault_of_silence(self, rank: Rank, error: Exception) -> Fault:
-        return Fault(FaultKind.PROCESS_DEATH, f"it takes nothing any more: {error}", (rank.rank,))
+        text = f"it takes nothing any more: {error}"  # its sentinel may say more in a moment
+        return Fault(FaultKind.PROCESS_DEATH, text, (rank.rank,), is_effect=True)
 
     def barrier(self, timeout: float) -> list[Notice]:
         """Waits until every rank has read and answered all that it was told before; returns what else they said.

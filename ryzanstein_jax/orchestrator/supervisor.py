@@ -25,7 +25,7 @@ from ryzanstein_jax.orchestrator.gpu_problems import Finding
 from ryzanstein_jax.orchestrator.gpu_watch import GpuWatch
 from ryzanstein_jax.orchestrator.group_manager import ProcessGroupManager
 from ryzanstein_jax.orchestrator.health import HealthMonitor
-from ryzanstein_jax.orchestrator.launch import TICK, Launch, Progress, Ready, fault_if_error, rank_config
+from ryzanstein_jax.orchestrator.launch import TICK, Launch, Progress, Ready, cause_of, fault_if_error, rank_config
 from ryzanstein_jax.orchestrator.logs import RunLogs
 from ryzanstein_jax.orchestrator.owner import Owner
 from ryzanstein_jax.orchestrator.process_group import ProcessGroup
@@ -270,17 +270,11 @@ class Supervisor:
             self._kill()
 
     def _check_suspected(self, group: ProcessGroup) -> None:
-        """Acts on what the engine's thread met, after a moment in which its cause may show itself."""
-        if not self._suspected:
-            return
-        (of, fault), self._suspected = self._suspected[0], []
-        if of is not group:
-            return
-        deadline = time.monotonic() + 0.3
-        while time.monotonic() < deadline:
-            for notice in group.poll(TICK):
-                fault_if_error(group, notice, serving=True)
-        raise GroupFault(fault)
+        """Acts on what another thread met."""
+        if self._suspected:
+            (of, fault), self._suspected = self._suspected[0], []
+            if of is group:
+                raise GroupFault(fault)
 
     # --- GPUs seen from outside
 
@@ -305,10 +299,12 @@ class Supervisor:
 
     def _answer(self, fault: Fault) -> bool:
         """Kills the group and decides how to go on; False gives up."""
-        fault = dataclasses.replace(fault, serving=self._owner.is_serving)
         group = self._group  # None where an agent went away while ranks were asked for
+        fault = cause_of(group, fault) if group is not None else fault
+        fault = dataclasses.replace(fault, serving=self._owner.is_serving)
         by_rank = {rank.rank: rank.slot for rank in group.ranks} if group is not None else {}
-        slots = tuple(by_rank[rank] for rank in fault.ranks if by_rank.get(rank, -1) >= 0)
+        # The device of a rank that merely suffered is not to blame.
+        slots = tuple(by_rank[rank] for rank in fault.ranks if by_rank.get(rank, -1) >= 0 and not fault.is_effect)
         self._owner.lose()
         self.last_fault, self._suspected = fault, []
         self._events.record(

@@ -107,7 +107,7 @@ def test_a_request_that_kills_is_ended_alone(expected: list[list[CompletionOutpu
     llm = start()
 
     def mend() -> None:
-        while not events(llm, "fault") or events(llm, "fault")[-1]["generation"] < 3:
+        while not events(llm, "fault") or events(llm, "fault")[-1]["generation"] < 4:
             time.sleep(0.002)
         os.environ[FAULT_VARIABLE] = ""
 

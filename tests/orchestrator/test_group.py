@@ -10,8 +10,15 @@ import pytest
 
 from ryzanstein_jax.orchestrator.fault import FaultKind, GroupFault
 from ryzanstein_jax.orchestrator.frames import Channel, Kind
+from ryzanstein_jax.orchestrator.host import HostAgent, LocalAgent
 from ryzanstein_jax.orchestrator.process_group import Notice, ProcessGroup
 from ryzanstein_jax.orchestrator.status import Heartbeat, Phase, RankSpec
+
+
+class ForkingAgent(HostAgent):
+    """As `LocalAgent` asks for ranks, of a process that is this one."""
+
+    spawn = LocalAgent.spawn
 
 
 @pytest.fixture
@@ -19,11 +26,11 @@ def pair() -> Iterator[tuple[ProcessGroup, Channel]]:
     """A group of one rank, and the rank's end of its control channel."""
     ours, other = Channel.pair()
     agent = Channel(other)
-    group = ProcessGroup(1, SimpleNamespace(channel=ours), None)
+    group = ProcessGroup(1, None)
     with open(os.devnull, "w") as null:
         logs = SimpleNamespace(writer_fd=null.fileno(), started=lambda: None, close=lambda: None, tail=lambda n: [])
         spec = RankSpec(0, 1, 1, 4, 0, 1, 1, "", False, 0.1)
-        group.add(spec, logs)
+        group.add(spec, 4, ForkingAgent("this machine", 8, ours, is_local=True), logs)
     kind, payload = agent.receive(1.0)
     control, steps, log = agent.take_fds()
     assert kind is Kind.SPAWN and b'"slot": 4' in payload

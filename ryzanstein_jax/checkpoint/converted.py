@@ -1,0 +1,134 @@
+"""Weights that take arithmetic to load, written once as they are computed with: the next start only copies them.
+
+A quantized GGUF file is dequantized into safetensors under the same Hugging Face names, in the dtype of the devices.
+An entry belongs to one source file by its path, size and time of change; a checkpoint that needs no arithmetic has
+none. Weights are no code, but they decide what a model says: only this user may write them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import psutil
+
+from ryzanstein_jax.cache import check_private, private_folder
+from ryzanstein_jax.checkpoint.gguf import QUANTIZED, GgufSource
+from ryzanstein_jax.checkpoint.safetensors import SafetensorsSource
+from ryzanstein_jax.checkpoint.source import DTYPES, WeightSource, whole
+from ryzanstein_jax.errors import WeightsError
+
+_LOG = logging.getLogger(__name__)
+_SUFFIX = ".safetensors"
+_ALIGNMENT = 64
+_STALE_SECONDS = 3600.0
+#: Of the host's memory: what is larger may have to come from the disk, which can take longer than the arithmetic.
+_MEMORY_SHARE = 0.125
+
+
+class ConvertedWeights:
+    """The converted copy of one GGUF file, there or not.
+
+    Args:
+        folder: of all such copies.
+        file: the GGUF file.
+        dtype: of the weights on the devices.
+        max_bytes: of all copies together; those used longest ago are deleted to stay below.
+    """
+
+    def __init__(self, folder: Path, file: Path, dtype: np.dtype, max_bytes: int):
+        self.folder, self.file, self.dtype, self.max_bytes = folder, file.resolve(), np.dtype(dtype), max_bytes
+        status = self.file.stat()
+        code = hashlib.sha256(Path(__file__).with_name("gguf.py").read_bytes()).hexdigest()
+        identity = [str(self.file), status.st_size, status.st_mtime_ns, status.st_ino, self.dtype.name, code]
+        name = hashlib.sha256(json.dumps([*identity, np.__version__]).encode()).hexdigest()
+        self.path = folder / f"{name}{_SUFFIX}"
+
+    def open(self) -> WeightSource | None:
+        """The copy; None where there is none that can be used and trusted."""
+        try:
+            check_private(os.stat(self.folder), self.folder)
+            check_private(os.lstat(self.path), self.path)  # of a link too: it counts as writable by others
+            source = SafetensorsSource(self.path)
+            os.utime(self.path)  # the time of last use, which deletion goes by
+            return source
+        except FileNotFoundError:
+            return None
+        except (OSError, WeightsError) as error:
+            _LOG.warning("ignoring %s: %s", self.path, error)
+            return None
+
+    def pays(self, source: WeightSource) -> bool:
+        """Whether a copy would be quicker to load than its source, and there is room for it."""
+        if not isinstance(source, GgufSource) or all(source.type_of(name) not in QUANTIZED for name in source.names()):
+            return False
+        size = self._bytes(source)
+        return size <= min(self.max_bytes, _MEMORY_SHARE * psutil.virtual_memory().total)
+
+    def write(self, source: WeightSource) -> bool:
+        """Writes the copy, tensor by tensor; returns whether that was possible. It appears whole or not at all."""
+        try:
+            private_folder(self.folder)
+            self._trim(self._bytes(source))
+            if self._bytes(source) > psutil.disk_usage(str(self.folder)).free // 2:
+                return False
+            descriptor, name = tempfile.mkstemp(dir=self.folder, prefix=".partial-")
+            try:
+                with open(descriptor, "wb") as file:
+                    file.write(self._header(source))
+                    for tensor in source.names():
+                        values = source.read(tensor, whole(source.info(tensor).shape))
+                        file.write(np.ascontiguousarray(values.astype(self.dtype)).reshape(-1).view(np.uint8).data)
+                        source.release(tensor)
+                    file.flush()
+                    os.fsync(file.fileno())  # a name that outlives a power cut must not outlive its content
+                os.replace(name, self.path)
+            except BaseException:
+                os.unlink(name)
+                raise
+        except (OSError, WeightsError) as error:
+            _LOG.warning("cannot keep converted weights in %s: %s", self.folder, error)
+            return False
+        return True
+
+    def _bytes(self, source: WeightSource) -> int:
+        return self.dtype.itemsize * sum(
+            int(np.prod(source.info(name).shape, dtype=np.int64)) for name in source.names()
+        )
+
+    def _header(self, source: WeightSource) -> bytes:
+        kind = next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
+        entries: dict[str, object] = {"__metadata__": {"source": str(self.file)}}
+        begin = 0
+        for name in source.names():
+            shape = source.info(name).shape
+            end = begin + self.dtype.itemsize * int(np.prod(shape, dtype=np.int64))
+            entries[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [begin, end]}
+            begin = end
+        text = json.dumps(entries).encode()
+        text += b" " * (-(len(text) + 8) % _ALIGNMENT)
+        return len(text).to_bytes(8, "little") + text
+
+    def _trim(self, room: int) -> None:
+        """Deletes what was used longest ago until `room` bytes more fit, and what writers that died have left."""
+        entries = []
+        for path in self.folder.iterdir():
+            with suppress(FileNotFoundError):
+                status = path.lstat()
+                if path.suffix == _SUFFIX:
+                    entries.append((status.st_mtime, status.st_size, path))
+                elif path.name.startswith(".partial-") and time.time() - status.st_mtime > _STALE_SECONDS:
+                    path.unlink()
+        excess = sum(size for _, size, _ in entries) + room - self.max_bytes
+        for _, size, path in sorted(entries):
+            if excess <= 0:
+                break
+            path.unlink(missing_ok=True)
+            excess -= size
