@@ -16,7 +16,7 @@ from ryzanstein_jax.config import OrchestratorConfig
 from ryzanstein_jax.errors import ProcessGroupError
 from ryzanstein_jax.orchestrator.dial import software
 from ryzanstein_jax.orchestrator.events import EventKind, EventLog
-from ryzanstein_jax.orchestrator.frames import Channel, FrameError, Kind
+from ryzanstein_jax.orchestrator.frames import Channel, ChannelClosedError, FrameError, Kind
 from ryzanstein_jax.orchestrator.host import Arrived, HostAgent, LocalAgent, RemoteAgent
 from ryzanstein_jax.orchestrator.listener import Listener
 from ryzanstein_jax.orchestrator.ray_hosts import RayHosts
@@ -59,6 +59,7 @@ class Hosts:
         self._tickets: dict[str, Arrived] = {}
         self._places: list[tuple[str | None, int]] = [(None, slot) for slot in range(local)]  # by slot; None: here
         self._secret = b""
+        self._is_closed = False
         self.listener: Listener | None = None
         self._ray: RayHosts | None = None
         try:
@@ -190,6 +191,8 @@ class Hosts:
             raise self._refusal(channel, f"it runs {str(hello.get('software'))[:200]}, the leader {software()}", True)
         agent = RemoteAgent(name, devices, channel, peer, channel.address(), self._tickets)
         with self._joined:
+            if self._is_closed:
+                raise ChannelClosedError("the leader is closing")
             earlier = self._agents.get(name)
             if earlier is not None and not earlier.looks_gone():
                 # Perhaps it is the same one, and the end of its last connection is still on its way.
@@ -232,6 +235,7 @@ class Hosts:
         if self.listener is not None:
             self.listener.close()
         with self._joined:
+            self._is_closed = True
             agents = [*self._agents.values(), *self._replaced]
             self._agents, self._replaced = {}, []
         for agent in agents:

@@ -7,6 +7,7 @@ ends, or whose node dies, is started again, on a node that has none.
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import threading
 import time
@@ -17,6 +18,8 @@ from typing import Any
 from ryzanstein_jax.config import parse_address
 from ryzanstein_jax.errors import ConfigError
 from ryzanstein_jax.orchestrator.worker_command import WorkerCommand
+
+logger = logging.getLogger("ryzanstein_jax.orchestrator")
 
 _LOOK_SECONDS = 0.5
 #: A node whose agent ended waits so long for the next one.
@@ -80,9 +83,12 @@ class RayHosts:
 
     def _watch(self) -> None:
         while not self._stopping.is_set():
-            alive = {node["NodeID"]: node for node in self._ray.nodes() if node["Alive"]}
-            self._look(alive)
-            self._place(alive)
+            try:
+                alive = {node["NodeID"]: node for node in self._ray.nodes() if node["Alive"]}
+                self._look(alive)
+                self._place(alive)
+            except Exception as error:  # noqa: BLE001 - Ray may be away for a while; agents go on without it
+                logger.warning("Ray does not answer: %r", error)
             self._stopping.wait(_LOOK_SECONDS)
 
     def _look(self, alive: dict[str, dict[str, Any]]) -> None:

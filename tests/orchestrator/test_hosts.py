@@ -140,6 +140,25 @@ def test_a_connection_that_drops_is_dialed_again(two: tuple[Machines, LLM], expe
     assert run(llm) == expected
 
 
+def test_a_machine_that_falls_silent_is_out(two: tuple[Machines, LLM], expected: list[list[int]]) -> None:
+    """As one that loses its power: the connection stays, and nobody says that the ranks are dead."""
+    made, llm = two
+    agent = made.agents["b"]
+    (rank,) = ranks_of(agent)
+
+    def fall_silent() -> None:
+        agent.send_signal(signal.SIGSTOP)
+        rank.send_signal(signal.SIGKILL)
+
+    lost = kinds(llm).count("host_lost")
+    assert run(llm, fall_silent) == expected
+    assert llm.orchestrator.status()["width"] == 1
+    assert kinds(llm).count("host_lost") == lost + 1
+    agent.send_signal(signal.SIGCONT)
+    until(lambda: llm.orchestrator.status()["state"] == "ready", 120.0)
+    assert run(llm) == expected
+
+
 def test_agents_wait_for_the_next_leader(two: tuple[Machines, LLM], expected: list[list[int]]) -> None:
     """The last test with this leader: a second one takes its place and its workers."""
     made, llm = two
