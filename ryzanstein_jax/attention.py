@@ -267,7 +267,11 @@ def _read_blocks(keys, values, rows_NX):  # type: ignore[no-untyped-def]
     width = math.gcd(page_size * head_dim, 128)
 
     def read(cache: jax.Array) -> jax.Array:
-        wide = cache.reshape(-1, page_size * head_dim // width, width).at[rows_X].get(mode="promise_in_bounds")
+        wide = (
+            cache.reshape(-1, page_size * head_dim // width, width)
+            .at[rows_X]
+            .get(mode="promise_in_bounds", wrap_negative_indices=False)
+        )
         return jax.lax.optimization_barrier(wide).reshape(
             -1, num_slots, rows_NX.shape[-1] // num_slots * page_size, head_dim
         )

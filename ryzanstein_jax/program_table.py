@@ -6,13 +6,12 @@ to lie ready are postponed: a thread loads them one by one, and one that is aske
 
 from __future__ import annotations
 
-import os
+import math
 import threading
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from typing import Any
 
-_NICENESS = 10
+_CALM_SECONDS = 0.25
 
 
 class ProgramTable(dict[Any, Any]):
@@ -43,15 +42,23 @@ class ProgramTable(dict[Any, Any]):
 
 
 class BackgroundLoader:
-    """Loads postponed programs in a thread of its own, when the processors have nothing better to do.
+    """Loads postponed programs in a thread of its own, one at a time, while nothing else is going on.
+
+    JAX holds Python's lock for most of a load: a step that comes meanwhile waits for it, up to half a second.
 
     Args:
         waiting: table and size of each, in the order in which they are likely to be wanted.
         afterwards: what else to do when nothing else is to be done; None for nothing.
+        idle_seconds: for how long nothing has been going on.
     """
 
-    def __init__(self, waiting: Iterable[tuple[ProgramTable, Any]], afterwards: Callable[[], object] | None = None):
-        self._waiting, self._afterwards = list(waiting), afterwards
+    def __init__(
+        self,
+        waiting: Iterable[tuple[ProgramTable, Any]],
+        afterwards: Callable[[], object] | None = None,
+        idle_seconds: Callable[[], float] = lambda: math.inf,
+    ):
+        self._waiting, self._afterwards, self._idle_seconds = list(waiting), afterwards, idle_seconds
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="load-programs")
         self._thread.start()
@@ -61,21 +68,28 @@ class BackgroundLoader:
         self._stopped.set()
 
     def wait(self) -> None:
-        """Returns once everything is loaded, or it was stopped."""
+        """Returns once everything is done, or it was stopped."""
         self._thread.join()
 
-    def _run(self) -> None:
-        with suppress(OSError, AttributeError):  # not Linux: there a thread has no niceness of its own
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+    def load_all(self) -> None:
+        """Loads what is still postponed, now and in this thread."""
         for table, size in self._waiting:
-            if self._is_over():
+            table[size]
+
+    def _run(self) -> None:
+        for table, size in self._waiting:
+            if not self._await_calm():
                 return
             if size not in table:
                 table[size]
-        if self._afterwards is not None and not self._is_over():
+        if self._afterwards is not None and self._await_calm():
             self._afterwards()
         self._afterwards = None  # it may hold files open
 
-    def _is_over(self) -> bool:
-        # The interpreter waits for this thread when it exits.
-        return self._stopped.is_set() or not threading.main_thread().is_alive()
+    def _await_calm(self) -> bool:
+        """Waits until little disturbs; False where it is too late for anything."""
+        while not self._stopped.is_set() and threading.main_thread().is_alive():  # else the exit would wait for this
+            if self._idle_seconds() >= _CALM_SECONDS:
+                return True
+            self._stopped.wait(_CALM_SECONDS / 4)
+        return False

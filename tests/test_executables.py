@@ -355,6 +355,25 @@ def test_the_background_stops_before_the_next_load():
     assert loaded == [1] and table.postponed == {2}
 
 
+def test_the_background_waits_until_nothing_is_going_on():
+    idle, asked = [0.0], threading.Event()
+
+    def idle_seconds():
+        asked.set()
+        return idle[0]
+
+    table, done = ProgramTable(lambda size, postponed: size), []
+    table.postponed = {1, 2}
+    loader = BackgroundLoader([(table, 1), (table, 2)], lambda: done.append(True), idle_seconds)
+    assert asked.wait(10) and not loader._thread.join(0.2) and table == {} and not done
+    assert table[2] == 2, "who asks does not wait"
+    loader.load_all()
+    assert table == {1: 1, 2: 2} and table.postponed == set() and not done
+    idle[0] = 1.0
+    loader.wait()
+    assert done
+
+
 def test_a_second_engine_compiles_nothing_and_gives_the_same_tokens(tmp_path, monkeypatch):
     requests = {"r": ([5, 6, 7], SamplingParams(seed=1, logprobs=2, max_tokens=5, ignore_eos=True))}
     found, loaded = [], []

@@ -53,8 +53,8 @@ class LocalExecutor:
         spec: what it computes, as `spec_from_config` read it.
         progress: called with what is going on, how much is done, and of how much.
         first: the steps that will come first, as (decode tokens, prompt tokens) each: their programs are loaded
-            before the executor is ready. Others that earlier starts left on disk are loaded meanwhile, or when a
-            step wants them.
+            before the executor is ready. Others that earlier starts left on disk are loaded when a step wants
+            them, or while there are no steps.
 
     Raises:
         ConfigError: there are too few devices.
@@ -143,13 +143,20 @@ class LocalExecutor:
             num_programs=self.metrics.counter("compiles"),
             num_loaded=self.metrics.counter("executables_loaded"),
         )
-        self._background = BackgroundLoader(postponed, loaded.keep)
+        self._last_step = time.monotonic()
+        self._background = BackgroundLoader(postponed, loaded.keep, self._idle_seconds)
 
     def submit(self, plan: StepPlan) -> None:
+        self._last_step = time.monotonic()
         self._runner.submit(plan)
 
     def collect(self) -> StepResult:
-        return self._runner.collect()
+        result = self._runner.collect()
+        self._last_step = time.monotonic()
+        return result
+
+    def _idle_seconds(self) -> float:
+        return 0.0 if self._runner.num_in_flight else time.monotonic() - self._last_step
 
     def close(self) -> None:
         self._background.stop()
@@ -157,7 +164,7 @@ class LocalExecutor:
 
     def collectives(self) -> dict[str, list[Collective]]:
         """What each compiled forward and sampler communicates, by program."""
-        self._background.wait()
+        self._background.load_all()
         found = {f"forward, {bucket}": collectives(program) for bucket, program in self._programs.forwards.items()}
         found |= {f"sample, {rows} rows": collectives(program) for rows, program in self._programs.samplers.items()}
         return found

@@ -49,6 +49,10 @@ class Runner:
             vocab_size=programs.spec.vocab_size,
         )
 
+    @property
+    def num_in_flight(self) -> int:
+        return len(self._in_flight)
+
     def submit(self, plan: StepPlan) -> None:
         """Dispatches a step and returns while it runs."""
         programs = self._programs
