@@ -16,7 +16,7 @@ from ryzanstein_jax.config import DTYPES, LOAD_FORMATS, parse_address
 from ryzanstein_jax.errors import ConfigError, RyzansteinError
 from ryzanstein_jax.llm import LLM, default_sampling_params
 from ryzanstein_jax.request import SamplingParams
-from ryzanstein_jax.start import make_config
+from ryzanstein_jax.start import make_config, parse_options
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -31,6 +31,10 @@ Dtype = Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")]
 Executor = Annotated[
     str,
     typer.Option(help='"local", or "processes": a worker process for each device, replaced when it dies.'),
+]
+Orchestrator = Annotated[
+    list[str] | None,
+    typer.Option("--orchestrator", "-O", help="NAME=VALUE of OrchestratorConfig. May be given more than once."),
 ]
 LoadFormat = Annotated[str, typer.Option(help=f"One of {', '.join(LOAD_FORMATS)}.")]
 MaxLen = Annotated[int | None, typer.Option("--max-model-len", help="Longest prompt and completion, in tokens.")]
@@ -84,6 +88,7 @@ def generate(
     max_num_seqs: MaxSeqs = None,
     load_format: LoadFormat = "auto",
     executor: Executor = "local",
+    orchestrator: Orchestrator = None,
 ) -> None:
     """Completes prompts, all in one batch, and prints the completions in order."""
     prompts = list(prompt or [])
@@ -95,7 +100,7 @@ def generate(
     # Programs are compiled for as many sequences as there can be.
     seqs = max_num_seqs or min(len(prompts), 32)
     settings = _settings(tp, dtype, max_model_len, memory_fraction, load_format=load_format, max_num_seqs=seqs)
-    with LLM(model, executor=executor, **settings) as llm:
+    with LLM(model, executor=executor, orchestrator=parse_options(orchestrator), **settings) as llm:
         params = _params(llm, max_tokens, temperature=temperature, top_p=top_p, seed=seed)
         for output in llm.generate(prompts, params):
             completion = output.outputs[0]
@@ -124,12 +129,13 @@ def chat(
     max_model_len: MaxLen = None,
     memory_fraction: Fraction = None,
     executor: Executor = "local",
+    orchestrator: Orchestrator = None,
 ) -> None:
     """Talks with a model. /reset begins again, /quit or end of input ends; Ctrl-C stops an answer."""
     opening = [{"role": "system", "content": system}] if system else []
     messages = list(opening)
     settings = _settings(tp, dtype, max_model_len, memory_fraction, max_num_seqs=1)
-    with LLM(model, executor=executor, **settings) as llm:
+    with LLM(model, executor=executor, orchestrator=parse_options(orchestrator), **settings) as llm:
         params = _params(llm, max_tokens, temperature=temperature, top_p=top_p, seed=seed)
         while True:
             try:
@@ -238,7 +244,7 @@ def worker(
 ) -> None:
     """Offers this machine's devices to the leader of an engine on another one."""
     from ryzanstein_jax.orchestrator.cluster import leader_address
-    from ryzanstein_jax.orchestrator.join import find_secret, start_worker
+    from ryzanstein_jax.orchestrator.worker_command import WorkerCommand, find_secret
 
     if devices is not None and not 1 <= devices <= 1024:
         raise ConfigError("devices", devices, "use a whole number from 1 to 1024")
@@ -246,7 +252,7 @@ def worker(
     address = leader or leader_address(cluster, port)
     parse_address("leader", address)
     name = name or os.uname().nodename
-    start_worker(address, secret, name=name, devices=devices, wait_sec=wait, reconnect=reconnect)
+    WorkerCommand(address, secret, name, devices, wait, reconnect).become()
 
 
 @app.command()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, cast
 
@@ -91,6 +91,36 @@ def _options(settings: Mapping[str, Any]) -> OrchestratorConfig:
     for name, value in settings.items():
         if name not in known:
             raise ConfigError(f"orchestrator.{name}", value, f"there is no such setting; known: {sorted(known)}")
+    return OrchestratorConfig(**settings)
+
+
+def parse_options(pairs: Sequence[str] | None) -> OrchestratorConfig | None:
+    """Settings of the orchestrator from a command line: NAME=VALUE each; None where there are none.
+
+    Raises:
+        ConfigError: one is no such pair, there is no such setting, or its value is invalid.
+    """
+    if not pairs:
+        return None
+    kinds = {field.name: str(field.type) for field in fields(OrchestratorConfig)}
+    settings: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or name not in kinds:
+            raise ConfigError("orchestrator", pair, f"write NAME=VALUE with one of {', '.join(sorted(kinds))}")
+        words = {"true": True, "false": False, "none": None}
+        try:
+            settings[name] = (
+                words[value.lower()]
+                if value.lower() in words
+                else int(value)
+                if kinds[name].startswith("int")
+                else float(value)
+                if kinds[name].startswith("float")
+                else value
+            )
+        except ValueError as error:
+            raise ConfigError(f"orchestrator.{name}", value, f"use a value of type {kinds[name]}") from error
     return OrchestratorConfig(**settings)
 
 

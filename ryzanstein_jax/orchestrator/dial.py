@@ -42,8 +42,14 @@ def tune(sock: socket.socket) -> None:
 
 def software() -> str:
     """What has to be the same on all machines, since their ranks run one program together."""
-    names = ("ryzanstein-jax", "jax", "jaxlib")
-    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
+
+    def version(name: str) -> str:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:  # run from a folder
+            return "unknown"
+
+    return ", ".join(f"{name} {version(name)}" for name in ("ryzanstein-jax", "jax", "jaxlib"))
 
 
 @dataclass(frozen=True)

@@ -217,6 +217,11 @@ class Channel:
             os.close(fd)
         self._socket.close()
 
+    def hang_up(self) -> None:
+        """Has both sides find the channel ended. From any thread; whoever reads here closes it."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+
     def detach(self) -> socket.socket:
         """The socket, for bytes that are no frames; the channel counts as closed. None of them may have come yet."""
         fd = self._socket.detach()

@@ -16,9 +16,10 @@ from ryzanstein_jax.config import OrchestratorConfig
 from ryzanstein_jax.errors import ProcessGroupError
 from ryzanstein_jax.orchestrator.dial import software
 from ryzanstein_jax.orchestrator.events import EventKind, EventLog
-from ryzanstein_jax.orchestrator.frames import Channel, FrameError, Kind
+from ryzanstein_jax.orchestrator.frames import Channel, ChannelClosedError, FrameError, Kind
 from ryzanstein_jax.orchestrator.host import Arrived, HostAgent, LocalAgent, RemoteAgent
 from ryzanstein_jax.orchestrator.listener import Listener
+from ryzanstein_jax.orchestrator.ray_hosts import RayHosts
 from ryzanstein_jax.orchestrator.secret import read_secret
 from ryzanstein_jax.orchestrator.slots import visible_gpus, visible_slots
 
@@ -58,12 +59,16 @@ class Hosts:
         self._tickets: dict[str, Arrived] = {}
         self._places: list[tuple[str | None, int]] = [(None, slot) for slot in range(local)]  # by slot; None: here
         self._secret = b""
+        self._is_closed = False
         self.listener: Listener | None = None
+        self._ray: RayHosts | None = None
         try:
             if self.is_remote:
                 path = options.secret_file
                 self._secret = secrets.token_hex(32).encode() if path is None else read_secret(str(path))
                 self.listener = Listener(options.listen or "0.0.0.0:0", self._secret, self._admit)
+                if options.cluster == "ray":
+                    self._ray = RayHosts(self.listener.address, self._secret, options.num_hosts, self.expel)
             if local:
                 self._local = LocalAgent(local)
         except BaseException:
@@ -151,6 +156,13 @@ class Hosts:
             del self._agents[agent.name]
         self._note(EventKind.HOST_LOST, f"the agent of {agent.name} is gone", host=agent.name)
 
+    def expel(self, name: str) -> None:
+        """A machine is known to be gone: its connection need not tell. From any thread."""
+        with self._joined:
+            agent = self._agents.get(name)
+        if agent is not None:
+            agent.channel.hang_up()
+
     def prepare(self) -> LocalAgent | None:
         """Starts this machine's agent anew where it died, and returns while it imports; None where it takes no part."""
         if self._local is not None and (self._local.process.poll() is not None or not self._local.is_up):
@@ -179,6 +191,8 @@ class Hosts:
             raise self._refusal(channel, f"it runs {str(hello.get('software'))[:200]}, the leader {software()}", True)
         agent = RemoteAgent(name, devices, channel, peer, channel.address(), self._tickets)
         with self._joined:
+            if self._is_closed:
+                raise ChannelClosedError("the leader is closing")
             earlier = self._agents.get(name)
             if earlier is not None and not earlier.looks_gone():
                 # Perhaps it is the same one, and the end of its last connection is still on its way.
@@ -216,9 +230,12 @@ class Hosts:
 
     def close(self) -> None:
         """Tells all agents that this is the end. May be called again."""
+        if self._ray is not None:
+            self._ray.stop_placing()
         if self.listener is not None:
             self.listener.close()
         with self._joined:
+            self._is_closed = True
             agents = [*self._agents.values(), *self._replaced]
             self._agents, self._replaced = {}, []
         for agent in agents:
@@ -226,3 +243,6 @@ class Hosts:
         if self._local is not None:
             self._local.close()
             self._local = None
+        if self._ray is not None:
+            self._ray.close()
+            self._ray = None

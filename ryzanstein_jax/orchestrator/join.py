@@ -1,8 +1,4 @@
-"""The agent of a machine that dials its leader; `ryzanstein worker` becomes it.
-
-`start_worker` runs in the command and ends in `exec`: the agent's environment, which all ranks inherit and which the
-kernel shows for as long as they live, does not have the secret. It comes through a pipe.
-"""
+"""The agent of a machine that dials its leader: what `worker_command` starts."""
 
 from __future__ import annotations
 
@@ -13,53 +9,11 @@ import sys
 import time
 from typing import Any
 
-from ryzanstein_jax.errors import ConfigError
 from ryzanstein_jax.orchestrator.agent import Agent, End, die_with_parent, preload
 from ryzanstein_jax.orchestrator.dial import Dialer, RefusedError, software
 from ryzanstein_jax.orchestrator.frames import Channel, ChannelClosedError, FrameError
-from ryzanstein_jax.orchestrator.secret import SECRET_VARIABLE, check_secret, read_secret
-from ryzanstein_jax.orchestrator.slots import visible_gpus
 
 _MOST_BACKOFF = 10.0
-
-
-def find_secret(secret_file: str | None) -> bytes:
-    """From the file, or else from the environment.
-
-    Raises:
-        ConfigError: it is in neither, or no good.
-    """
-    if secret_file is not None:
-        return read_secret(secret_file)
-    secret = os.environ.get(SECRET_VARIABLE)
-    if secret is None:
-        raise ConfigError("secret_file", None, f"give the file of the leader's secret, or set {SECRET_VARIABLE}")
-    return check_secret(secret.encode(), SECRET_VARIABLE, "***")
-
-
-def start_worker(
-    leader: str, secret: bytes, *, name: str, devices: int | None, wait_sec: float, reconnect: bool, parent: int = 0
-) -> None:
-    """Becomes the agent of this machine; does not return.
-
-    Args:
-        leader: "host:port" to dial.
-        secret: that the leader knows.
-        name: of this machine; no other agent of the leader may have it.
-        devices: that it offers; None: all GPUs, or one CPU device.
-        wait_sec: how long to dial until the leader answers.
-        reconnect: dial again when the leader is gone.
-        parent: process to end with; 0: none.
-    """
-    reading, writing = os.pipe()
-    os.write(writing, secret)  # far less than a pipe holds
-    os.close(writing)
-    os.set_inheritable(reading, True)
-    environment = {key: value for key, value in os.environ.items() if key != SECRET_VARIABLE}
-    count = devices if devices is not None else max(1, visible_gpus())
-    arguments = [f"--leader={leader}", f"--secret-fd={reading}", f"--name={name}", f"--devices={count}"]
-    arguments += [f"--wait={wait_sec}", f"--parent={parent}", *(["--reconnect"] if reconnect else [])]
-    os.execve(sys.executable, [sys.executable, "-m", "ryzanstein_jax.orchestrator.join", *arguments], environment)
 
 
 def dial_until(dialer: Dialer, hello: dict[str, Any], deadline: float) -> Channel:
@@ -98,7 +52,7 @@ def _say(text: str) -> None:
 
 
 def main() -> None:
-    """Of the process that `start_worker` has become."""
+    """Of the process that `worker_command` describes."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--leader", required=True)
     parser.add_argument("--secret-fd", type=int, required=True)

@@ -5,7 +5,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,24 +25,32 @@ PROMPTS = [[1, 2, 3], [4, 5, 6, 7], [8, 9], [10, 11, 12]]
 PARAMS = SamplingParams(temperature=0.8, seed=3, max_tokens=40, ignore_eos=True)
 
 
-def start(**options: Any) -> LLM:
-    return LLM(str(GOLDEN / "llama"), executor="processes", orchestrator=options, **SETTINGS)
+def start(max_num_seqs: int = 4, /, **options: Any) -> LLM:
+    settings = {**SETTINGS, "max_num_seqs": max_num_seqs}
+    return LLM(str(GOLDEN / "llama"), executor="processes", orchestrator=options, **settings)
 
 
-def run(llm: LLM, act: Any = None) -> list[list[int]]:
-    """The tokens of all prompts; calls `act` once when some of them are there."""
+def run(llm: LLM, act: Callable[[], object] | None = None, times: int = 1) -> list[list[int]]:
+    """The tokens of all prompts, so many times; calls `act` once when some of them are there."""
+
+    def generate() -> list[list[int]]:
+        return [output.outputs[0].token_ids for output in llm.generate(times * PROMPTS, PARAMS, use_tqdm=False)]
+
+    def steps() -> int:
+        return llm.orchestrator.metrics.snapshot()["counters"]["steps"]
+
     if act is None:
-        return [output.outputs[0].token_ids for output in llm.generate(PROMPTS, PARAMS, use_tqdm=False)]
-    steps = llm.orchestrator.metrics.snapshot()["counters"]["steps"]
+        return generate()
+    before = steps()
 
     def wait_and_act() -> None:
-        until(lambda: llm.orchestrator.metrics.snapshot()["counters"]["steps"] > steps + 8)
+        until(lambda: steps() > before + 8)
         act()
 
     thread = threading.Thread(target=wait_and_act)
     thread.start()
     try:
-        return [output.outputs[0].token_ids for output in llm.generate(PROMPTS, PARAMS, use_tqdm=False)]
+        return generate()
     finally:
         thread.join()
 
@@ -132,6 +140,25 @@ def test_a_connection_that_drops_is_dialed_again(two: tuple[Machines, LLM], expe
     assert run(llm) == expected
 
 
+def test_a_machine_that_falls_silent_is_out(two: tuple[Machines, LLM], expected: list[list[int]]) -> None:
+    """As one that loses its power: the connection stays, and nobody says that the ranks are dead."""
+    made, llm = two
+    agent = made.agents["b"]
+    (rank,) = ranks_of(agent)
+
+    def fall_silent() -> None:
+        agent.send_signal(signal.SIGSTOP)
+        rank.send_signal(signal.SIGKILL)
+
+    lost = kinds(llm).count("host_lost")
+    assert run(llm, fall_silent) == expected
+    assert llm.orchestrator.status()["width"] == 1
+    assert kinds(llm).count("host_lost") == lost + 1
+    agent.send_signal(signal.SIGCONT)
+    until(lambda: llm.orchestrator.status()["state"] == "ready", 120.0)
+    assert run(llm) == expected
+
+
 def test_agents_wait_for_the_next_leader(two: tuple[Machines, LLM], expected: list[list[int]]) -> None:
     """The last test with this leader: a second one takes its place and its workers."""
     made, llm = two
@@ -150,7 +177,7 @@ def test_agents_wait_for_the_next_leader(two: tuple[Machines, LLM], expected: li
 def test_an_agent_ends_with_its_leader_unless_told_otherwise(tmp_path: Path) -> None:
     with nothing_left_behind(), machines(tmp_path) as made:
         agent = made.start("a", "--devices=2")
-        llm = start(**made.options(num_hosts=1))
+        llm = start(1, **made.options(num_hosts=1))
         assert len(ranks_of(agent)) == 2
         llm.close()
         assert agent.wait(20) == 0
