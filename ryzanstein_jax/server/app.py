@@ -193,7 +193,9 @@ def make_app(service: Service) -> ASGIApp:
         Route("/version", routes.version, methods=["GET"]),
         Route("/openapi.json", routes.openapi, methods=["GET"]),
     ]
-    app = Starlette(routes=table, exception_handlers={HTTPException: _no_route, RyzansteinError: _our_error})
+    app = Starlette(
+        routes=table, exception_handlers={HTTPException: _no_route, RyzansteinError: _our_error, Exception: _our_error}
+    )
     # A redirect would send the client to whatever its Host header says.
     app.router.redirect_slashes = False
     return Gate(app, service.config, service.instruments, frozenset(route.path for route in table))

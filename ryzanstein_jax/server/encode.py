@@ -12,8 +12,8 @@ from ryzanstein_jax.engine.tokens import Tokenizer
 from ryzanstein_jax.errors import RequestError
 from ryzanstein_jax.server.problems import ApiError
 
-#: What the server fills in itself: a request may not.
-_RESERVED = frozenset({"messages", "tools", "add_generation_prompt"})
+#: What the server fills in itself, or Python does: a request may not.
+_RESERVED = frozenset({"messages", "tools", "add_generation_prompt", "self"})
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from tokenizers import AddedToken, decoders, models
 
 from tests.support import GOLDEN
 
-SETTINGS: dict[str, Any] = dict(max_num_seqs=16, max_num_batched_tokens=64, max_model_len=128, progress=False)
+SETTINGS: dict[str, Any] = dict(max_num_seqs=4, max_num_batched_tokens=32, max_model_len=128, progress=False)
 TEMPLATE = (
     "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
     "{% if style %}({{ style }}) {% endif %}{% if add_generation_prompt %}assistant:{% endif %}"

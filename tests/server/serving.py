@@ -134,6 +134,7 @@ class Served:
         """Runs a coroutine on the server's event loop."""
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(30)
 
+    server: uvicorn.Server
     loop: asyncio.AbstractEventLoop
 
 
@@ -176,7 +177,7 @@ def serving(backend: Any, *, start: bool = True, **settings: Any) -> Iterator[Se
     thread.start()
     assert ready.wait(30)
     served = Served(made[0], listener.getsockname()[1], config.api_keys[0] if config.api_keys else None)
-    served.loop = made[2]
+    served.server, served.loop = made[1], made[2]
     try:
         yield served
     finally:
