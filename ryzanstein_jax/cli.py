@@ -185,6 +185,7 @@ def serve(
     max_model_len: MaxLen = None,
     memory_fraction: Fraction = None,
     max_num_seqs: MaxSeqs = None,
+    max_num_batched_tokens: Annotated[int | None, typer.Option(help="Most prompt tokens in a step.")] = None,
     load_format: LoadFormat = "auto",
     executor: Executor = "local",
 ) -> None:
@@ -211,8 +212,8 @@ def serve(
         write_seconds=write_seconds,
     )
     settings = _settings(tp, dtype, max_model_len, memory_fraction, load_format=load_format, tokenizer=tokenizer)
-    if max_num_seqs is not None:
-        settings["max_num_seqs"] = max_num_seqs
+    sizes = {"max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens}
+    settings |= {name: size for name, size in sizes.items() if size is not None}
     make_config(model, settings)  # refuses what is wrong before anything listens
     # A path says more about this machine than clients need to know.
     name = served_model_name or (Path(model).stem if Path(model).exists() else model)

@@ -19,7 +19,7 @@ import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
 KEY = "key-of-the-operator"
-NUM_CLIENTS = 16
+NUM_CLIENTS, NUM_TOKENS = 16, 32
 
 
 class Process:
@@ -73,7 +73,7 @@ def started(model: Path, tmp_path: Path, *arguments: str) -> Iterator[Process]:
     keys.write_text(f"{KEY}\n")
     command = [
         sys.executable, "-m", "ryzanstein_jax.cli", "serve", str(model), "--port", "0", "--api-key-file", str(keys),
-        "--max-model-len", "128", "--max-num-seqs", "4", *arguments,
+        "--max-model-len", "128", "--max-num-seqs", "8", "--max-num-batched-tokens", "32", *arguments,
     ]  # fmt: skip
     environment = {**os.environ, "RYZANSTEIN_FAULT": ""}
     popen = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
@@ -97,7 +97,7 @@ def run_clients(process: Process, act: Any = None, after: int = 0) -> list[tuple
         ]  # fmt: skip
         try:
             stream = process.client().completions.create(
-                model="tiny", prompt=f"client {number}", max_tokens=60, stream=True, **kinds[number % len(kinds)],
+                model="tiny", prompt=f"client {number}", max_tokens=NUM_TOKENS, stream=True, **kinds[number % len(kinds)],
                 extra_body={"return_token_ids": True, "ignore_eos": True},
             )  # fmt: skip
             text, tokens, reason = "", [], ""
@@ -129,7 +129,7 @@ def test_clients_notice_neither_a_killed_worker_nor_a_drain(tiny: Path, tmp_path
         process.await_line("status", status="ready")
         assert process.get("/ready")[0] == 200
         undisturbed = run_clients(process)
-        assert all(len(tokens) == 60 and reason == "length" for _, tokens, reason in undisturbed)
+        assert all(len(tokens) == NUM_TOKENS and reason == "length" for _, tokens, reason in undisturbed)
 
         def ranks() -> list[psutil.Process]:
             leader = psutil.Process(process.popen.pid)
@@ -137,7 +137,7 @@ def test_clients_notice_neither_a_killed_worker_nor_a_drain(tiny: Path, tmp_path
 
         before = ranks()
         assert len(before) == 2
-        assert run_clients(process, lambda: before[1].kill(), after=200) == undisturbed
+        assert run_clients(process, lambda: before[1].kill(), after=NUM_CLIENTS * NUM_TOKENS // 4) == undisturbed
         process.await_line("status", status="recovering")
         assert not {child.pid for child in before} & {child.pid for child in ranks()}
         _, text = process.get("/metrics")
@@ -156,7 +156,7 @@ def test_clients_notice_neither_a_killed_worker_nor_a_drain(tiny: Path, tmp_path
             except openai.APIStatusError as error:
                 refused.append(error)
 
-        assert run_clients(process, end, after=60 * NUM_CLIENTS // 2) == undisturbed
+        assert run_clients(process, end, after=NUM_CLIENTS * NUM_TOKENS // 2) == undisturbed
         assert process.wait() == 0
         assert [error.status_code for error in refused] == [503]
         assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
@@ -173,8 +173,7 @@ def test_a_second_signal_ends_what_runs(tiny: Path, tmp_path: Path):
                 model="tiny", prompt=["x"] * 64, max_tokens=120, stream=True, n=2, extra_body={"ignore_eos": True}
             )
             try:
-                for chunk in asked:
-                    found.append(chunk)
+                found.extend(asked)
             except openai.APIError as error:
                 found.append(error)
 

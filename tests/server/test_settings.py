@@ -21,7 +21,8 @@ from tests.server.serving import FakeBackend, serving
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        ({"host": "0.0.0.0"}, "host"), ({"host": "::"}, "host"), ({"host": "a host"}, "host"), ({"port": 70000}, "port"),
+        ({"host": "0.0.0.0"}, "host"), ({"host": "::"}, "host"), ({"host": "a host"}, "host"),
+        ({"port": 70000}, "port"),
         ({"port": True}, "port"), ({"max_sequences": 0}, "max_sequences"), ({"drain_seconds": -1}, "drain_seconds"),
         ({"request_seconds": float("nan")}, "request_seconds"), ({"api_keys": ("short",)}, "api_keys"),
         ({"api_keys": ("two words here",)}, "api_keys"), ({"max_body_bytes": 1}, "max_body_bytes"),
