@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -30,10 +31,13 @@ from ryzanstein_jax.server.schema import (
     CompletionRequest,
     DetokenizeRequest,
     Sampling,
+    Schema,
     TokenizeRequest,
     parse,
 )
 from ryzanstein_jax.server.service import Job, Service
+
+_LARGE_BODY = 64 << 10
 
 
 class _Routes:
@@ -44,16 +48,21 @@ class _Routes:
         self._created = int(time.time())
         self._openapi = openapi(service.version)
 
+    async def _read(self, kind: type[Schema], request: Request) -> Schema:
+        body = await read_body(request, self._config)
+        # Only large bodies are worth a thread: others wait for the event loop meanwhile.
+        return parse(kind, body) if len(body) < _LARGE_BODY else await asyncio.to_thread(parse, kind, body)
+
     # --- generating
 
     async def completions(self, request: Request) -> Response | EventStream:
-        asked = parse(CompletionRequest, await read_body(request, self._config))
+        asked = await self._read(CompletionRequest, request)
         self._service.check_model(asked.model)
         advice = self._service.backend.get_default_sampling_params()
         return await self._answer(request, asked, completion_job(asked, self._config, advice), CompletionAnswer)
 
     async def chat(self, request: Request) -> Response | EventStream:
-        asked = parse(ChatRequest, await read_body(request, self._config))
+        asked = await self._read(ChatRequest, request)
         self._service.check_model(asked.model)
         advice = self._service.backend.get_default_sampling_params()
         return await self._answer(request, asked, chat_job(asked, self._config, advice), ChatAnswer)
@@ -110,7 +119,7 @@ class _Routes:
     # --- tokens
 
     async def tokenize(self, request: Request) -> Response:
-        asked = parse(TokenizeRequest, await read_body(request, self._config))
+        asked = await self._read(TokenizeRequest, request)
         self._service.check_model(asked.model)
         one: Input = asked.prompt or ""
         if asked.messages is not None:
@@ -122,7 +131,7 @@ class _Routes:
         return JSONResponse({"count": len(prompt.token_ids), "max_model_len": most, "tokens": prompt.token_ids})
 
     async def detokenize(self, request: Request) -> Response:
-        asked = parse(DetokenizeRequest, await read_body(request, self._config))
+        asked = await self._read(DetokenizeRequest, request)
         self._service.check_model(asked.model)
         with self._service.admission.enter(1):
             return JSONResponse({"prompt": await self._service.encoder.decode(asked.tokens)})

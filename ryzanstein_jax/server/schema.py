@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
-from ryzanstein_jax.request import MAX_N
+from ryzanstein_jax.request import MAX_N, MAX_STOPS
 from ryzanstein_jax.server.problems import INVALID, ApiError
 
 #: Fields of OpenAI's API that this server has not, and the values that ask for nothing; null always does.
@@ -81,6 +81,9 @@ Stops = Annotated[
 ]
 
 
+Bias = Annotated[float, Field(ge=-100, le=100)]
+
+
 class Sampling(_Strict):
     """Fields that completions and chats have in common. Those after `user` are this server's own, named as vLLM's."""
 
@@ -92,7 +95,7 @@ class Sampling(_Strict):
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    logit_bias: Annotated[dict[str, Bias], Field(max_length=4096)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     #: Taken and left alone, as the API says it is for the provider's own statistics.
@@ -101,7 +104,7 @@ class Sampling(_Strict):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     min_tokens: Annotated[int, Field(ge=0, lt=1 << 30)] | None = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: Annotated[list[int], Field(max_length=MAX_STOPS)] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None

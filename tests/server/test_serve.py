@@ -92,12 +92,13 @@ def run_clients(process: Process, act: Any = None, after: int = 0) -> list[tuple
 
     def one(number: int) -> None:
         kinds: list[dict[str, Any]] = [
-            dict(temperature=0), dict(temperature=0.9, seed=number), dict(temperature=1, seed=5, frequency_penalty=0.5),
+            dict(temperature=0), dict(temperature=0.9, seed=number), dict(seed=5, frequency_penalty=0.5),
             dict(temperature=0, logit_bias={"40": 3}),
         ]  # fmt: skip
         try:
             stream = process.client().completions.create(
-                model="tiny", prompt=f"client {number}", max_tokens=NUM_TOKENS, stream=True, **kinds[number % len(kinds)],
+                model="tiny", prompt=f"client {number}", max_tokens=NUM_TOKENS, stream=True,
+                **kinds[number % len(kinds)],
                 extra_body={"return_token_ids": True, "ignore_eos": True},
             )  # fmt: skip
             text, tokens, reason = "", [], ""
