@@ -206,3 +206,23 @@ def test_many_async_streams_at_once(served):
 
     texts = asyncio.run(main())
     assert [texts[number] == texts[number % 4] for number in range(24)] == [True] * 24
+
+
+def test_streams_of_several_prompts_keep_them_apart(client):
+    asked = dict(model=MODEL, prompt=["one", "twenty", "3"], n=2, max_tokens=7, seed=3, temperature=1)
+    whole = client.completions.create(**asked)
+    texts = [""] * 6
+    for chunk in client.completions.create(**asked, stream=True):
+        for choice in chunk.choices:
+            texts[choice.index] += choice.text
+    assert texts == [choice.text for choice in whole.choices] and len(set(texts)) == 6
+
+
+def test_a_stream_of_a_prompt_alone(client):
+    asked = dict(
+        model=MODEL, prompt="Hey", max_tokens=0, echo=True, stream=True, stream_options={"include_usage": True}
+    )
+    chunks = list(client.completions.create(**asked))
+    assert "".join(choice.text for chunk in chunks for choice in chunk.choices) == "Hey"
+    assert chunks[-2].choices[0].finish_reason == "length"
+    assert (chunks[-1].usage.prompt_tokens, chunks[-1].usage.completion_tokens) == (3, 0)
