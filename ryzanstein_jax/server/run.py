@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import resource
 import signal
 import socket
 import sys
@@ -24,7 +25,7 @@ from ryzanstein_jax.server.settings import ServerConfig
 
 #: How long connections may take to close once no request is left.
 _CLOSE_SECONDS = 3
-#: Connections at a time; each may cost a few file descriptors' worth of memory, and many are only streams that wait.
+#: Connections at a time; one more gets 503 at once.
 _MOST_CONNECTIONS = 8192
 
 
@@ -177,6 +178,10 @@ def serve(load: Callable[[], Backend], model: str, config: ServerConfig, version
         Exception: what loading the model met.
     """
     set_up_logs()
+    # Each connection takes a descriptor, and the usual limit of 1024 is one of an age before event loops.
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2 * _MOST_CONNECTIONS if hard == resource.RLIM_INFINITY else min(hard, 2 * _MOST_CONNECTIONS)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
     listener = bind(config)
     runner = Runner(load, model, config, version)
     asyncio.run(runner.run(listener))

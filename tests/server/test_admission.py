@@ -167,6 +167,14 @@ def test_encoding_is_off_the_event_loop_and_bounded_in_time(fake):
         release.set()
 
 
+def test_the_server_may_take_shorter_prompts_than_the_model(fake):
+    with serving(fake, max_prompt_tokens=10) as served:
+        assert served.complete("x" * 10, max_tokens=2)[0] == 200
+        status, _, body = served.complete("x" * 11, max_tokens=2)
+        assert (status, body["error"]["code"]) == (400, "context_length_exceeded")
+        assert "10 tokens" in body["error"]["message"]
+
+
 def test_an_idle_sender_is_not_waited_for(fake):
     with serving(fake, body_seconds=0.3) as served, socket.create_connection(("127.0.0.1", served.port)) as connection:
         head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"

@@ -46,6 +46,7 @@ def test_a_request_ends_when_its_client_leaves(fake, stream, reset):
 def test_pages_are_free_within_two_steps(served: Served, engine: AsyncLLM):
     """Counted from when the server learns of it: the engine's steps until no page is owned."""
     for stream in (False, True):
+        begun = engine.stats().num_steps
         connection = served.open(
             "/v1/completions", prompt="Hello", max_tokens=120, stream=stream, ignore_eos=True, n=2, temperature=0
         )
@@ -62,7 +63,7 @@ def test_pages_are_free_within_two_steps(served: Served, engine: AsyncLLM):
         wait_until(lambda: engine.stats().num_pages_used == 0)
         engine._forget = forget  # type: ignore[method-assign]
         assert steps and engine.stats().num_steps - steps[0] <= 2
-        assert steps[0] < 100
+        assert steps[0] - begun < 110, "it was still under way"
 
 
 def test_a_storm_of_connections_leaves_nothing(engine: AsyncLLM):

@@ -74,6 +74,21 @@ def test_tokens_of_requests_make_probes_needless(fake):
         assert fake.num_streams == 1
 
 
+def test_steps_for_a_request_are_progress_before_its_first_token(fake):
+    """As while a long prompt is read: a probe would only wait behind it."""
+
+    async def never(step: int) -> None:
+        await asyncio.sleep(60)
+
+    fake.act = never
+    with serving(fake, probe_seconds=0.1, fresh_seconds=0.5) as served, served.open("/v1/completions", prompt="long"):
+        wait_until(lambda: fake.active == 1)
+        fake.num_steps = 5
+        assert served.request("GET", "/ready")[0] == 200 and fake.num_streams == 1
+        time.sleep(0.6)
+        assert served.request("GET", "/ready")[0] == 503, "steps stopped"
+
+
 def test_those_who_ask_at_once_share_a_probe(fake):
     async def slow(step: int) -> None:
         await asyncio.sleep(0.3)

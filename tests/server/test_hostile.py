@@ -60,6 +60,19 @@ def test_a_huge_body(small):
         assert b" 413 " in connection.recv(100), "without a length, and before its end"
 
 
+def test_a_body_that_says_it_will_be_huge(small):
+    with socket.create_connection(("127.0.0.1", small.port), timeout=10) as connection:
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        connection.sendall(head + b"Content-Length: 10000000000\r\n\r\n")
+        assert b" 413 " in connection.recv(100), "before any of it came"
+
+
+def test_a_path_with_a_slash_too_many_is_not_redirected(small):
+    answer = small.post("/v1/completions/", prompt="x")
+    refused(answer, status=404)
+    assert "location" not in answer[1]
+
+
 def test_other_bodies_than_json(small):
     raw = json.dumps({"model": MODEL, "prompt": "x"}).encode()
     for kind in ("text/plain", "application/x-www-form-urlencoded", ""):
