@@ -25,6 +25,8 @@ from ryzanstein_jax.request import RequestOutput, SamplingParams
 from ryzanstein_jax.start import as_orchestrator, make_config, start_engine
 
 if TYPE_CHECKING:
+    from ryzanstein_jax.engine.scheduler import SchedulerStats
+    from ryzanstein_jax.metrics import Metrics
     from ryzanstein_jax.orchestrator.orchestrator import MultiGPUOrchestrator
 
 
@@ -89,6 +91,25 @@ class AsyncLLM:
     def orchestrator(self) -> MultiGPUOrchestrator | None:
         """What watches the worker processes; None where the devices are in this process."""
         return as_orchestrator(self._executor)
+
+    @property
+    def metrics(self) -> Metrics:
+        """Counters and histograms of the engine."""
+        return self._executor.metrics
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the engine's thread runs: false after `close`, and after the engine failed."""
+        return not self._closed and self._thread.is_alive()
+
+    @property
+    def max_length(self) -> int:
+        """Most tokens that a prompt and its completion may have together."""
+        return self._engine.max_length
+
+    def stats(self) -> SchedulerStats:
+        """Where the scheduler stands. Read while it works: numbers of one call may be a step apart."""
+        return self._engine.stats()
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What the model's `generation_config.json` recommends."""

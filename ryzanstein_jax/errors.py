@@ -74,6 +74,26 @@ class RecoveryExhaustedError(RyzansteinError):
     """The worker processes failed more often than `OrchestratorConfig` allows; no request can finish."""
 
 
+class OverloadedError(RyzansteinError):
+    """So many requests wait already that another one was turned away; `retry_after` says for how many seconds."""
+
+    def __init__(self, message: str, retry_after: int):
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class UnavailableError(RyzansteinError):
+    """The server takes no requests now; `state` says why: it starts, drains or has failed."""
+
+    def __init__(self, message: str, state: str):
+        super().__init__(message)
+        self.state = state
+
+
+class DeadlineError(RyzansteinError):
+    """A request did not end in the time that it had."""
+
+
 def remote_error(name: str, message: str) -> RyzansteinError:
     """The error of this module that another process raised; any other becomes a `ProcessGroupError` that names it."""
     kind = globals().get(name)

@@ -126,7 +126,37 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "orchestrator.orchestrator",
     ),
     # 5: surfaces. The package's own __init__ offers them by name, and so comes after them.
-    ("progress", "start", "llm", "async_llm", "server", "server.app", "demo", "cli", "", "__main__"),
+    (
+        "progress",
+        "start",
+        "llm",
+        "async_llm",
+        "server",
+        "server.settings",
+        "server.problems",
+        "server.logs",
+        "server.schema",
+        "server.backend",
+        "server.admission",
+        "server.instruments",
+        "server.health",
+        "server.engine_metrics",
+        "server.encode",
+        "server.generation",
+        "server.service",
+        "server.logprobs",
+        "server.answers",
+        "server.jobs",
+        "server.http",
+        "server.gate",
+        "server.openapi",
+        "server.app",
+        "server.run",
+        "demo",
+        "cli",
+        "",
+        "__main__",
+    ),
 )
 
 #: What runs in the processes that may die. The coordinator, in the leader, takes the service from jaxlib, without JAX.
@@ -145,7 +175,10 @@ WITHOUT_JAX = (
     "checkpoint.gguf_tokenizer",
     *(name for name in FLOORS[3] if name not in ("engine.runner", "engine.process", "engine.local")),
     *(name for name in FLOORS[4] if name not in RANK_FILES),
+    *(name for name in FLOORS[5] if name.partition(".")[0] == "server"),
 )
+#: `start` imports the executor that was asked for, and only then: importing these does not import JAX either.
+WITHOUT_JAX_UNTIL_ASKED = ("start", "llm", "async_llm", "cli")
 JAX_PACKAGES = {"jax", "jaxlib", "flax", "orbax", "optax", "chex"}
 
 #: The two lines that may leave a test out, and no others.
@@ -154,8 +187,16 @@ LIVE_COMPARISON = ("tests/test_live_transformers.py:14", "tests/test_live_transf
 #: The two and what proves that Ray's nodes may die: Ray is an extra of 80 MB.
 LEFT_OUT = (*LIVE_COMPARISON, "tests/orchestrator/test_ray_hosts.py:15")
 
+#: Parts of the package that an extra brings the dependencies of.
+EXTRAS = {"server": "serve"}
+
 #: Where what is imported is called otherwise than what is installed.
-DISTRIBUTIONS = {"huggingface_hub": "huggingface-hub", "orbax": "orbax-checkpoint", "ml_dtypes": "ml-dtypes"}
+DISTRIBUTIONS = {
+    "huggingface_hub": "huggingface-hub",
+    "orbax": "orbax-checkpoint",
+    "ml_dtypes": "ml-dtypes",
+    "pydantic_core": "pydantic",
+}
 
 
 def position(name: str) -> tuple[int, int]:
@@ -244,7 +285,8 @@ def test_what_must_outlive_jax_does_not_reach_it(name: str) -> None:
 
 def test_importing_them_does_not_import_jax() -> None:
     """Libraries may import JAX behind our back, so it is tried as well as read."""
-    names = [PACKAGE, *(f"{PACKAGE}.{name}" for name in WITHOUT_JAX if name in modules())]
+    without = (*WITHOUT_JAX, *WITHOUT_JAX_UNTIL_ASKED)
+    names = [PACKAGE, *(f"{PACKAGE}.{name}" for name in without if name in modules())]
     code = (
         "import importlib, sys\n"
         "for name in sys.argv[2:]:\n"
@@ -277,9 +319,17 @@ def test_every_dependency_is_declared() -> None:
     declared = {canonical(requirement) for requirement in project["dependencies"]}
     # jax brings jaxlib at the version that it needs.
     declared.add("jaxlib")
-    used = set().union(*(imports(name)[1] for name in modules())) - set(sys.stdlib_module_names)
-    missing = {name for name in used if canonical(DISTRIBUTIONS.get(name, name)) not in declared}
-    assert not missing, f"imported but not among the dependencies of pyproject.toml: {missing}"
+    extras = {
+        extra: {canonical(requirement) for requirement in requirements}
+        for extra, requirements in project["optional-dependencies"].items()
+    }
+    for name in modules():
+        extra = EXTRAS.get(name.partition(".")[0])
+        allowed = declared | (extras[extra] if extra else set())
+        used = {canonical(DISTRIBUTIONS.get(one, one)) for one in imports(name)[1] - set(sys.stdlib_module_names)}
+        assert used <= allowed, f"{name} imports what pyproject.toml does not declare: {used - allowed}"
+    for extra in EXTRAS.values():
+        assert extras[extra] <= extras["test"], f"the tests need all of the extra {extra}"
 
 
 @pytest.mark.parametrize("name", sorted(modules()))

@@ -123,6 +123,11 @@ class Engine:
         in_flight = self._scheduler.num_in_flight and self._failure is None and not self._closed and not self._lost
         return bool(self._requests or self._changed or in_flight)
 
+    @property
+    def max_length(self) -> int:
+        """Most tokens of a prompt and its completion: the model's limit, or what the cache holds."""
+        return self._scheduler.max_length
+
     def stats(self) -> SchedulerStats:
         return self._scheduler.stats()
 

@@ -326,6 +326,11 @@ class MultiGPUOrchestrator:
         """Whether steps run now."""
         return self._state in SERVING
 
+    @property
+    def is_watched(self) -> bool:
+        """Whether the supervisor's thread lives, without which no fault would be answered."""
+        return self._supervisor.is_alive()
+
     def collectives(self) -> dict[str, list[Collective]]:
         """What each compiled program communicates, by program; asked of rank 0.
 

@@ -58,6 +58,7 @@ class Supervisor:
         self._manager: ProcessGroupManager | None = None
         self._group: ProcessGroup | None = None
         self._thread = threading.Thread(target=self._run, name="supervisor", daemon=True)
+        self.is_alive = self._thread.is_alive
         self._may_load, self._closing = threading.Event(), threading.Event()
         self._suspected: list[tuple[ProcessGroup, Fault]] = []  # by the engine's thread
         self._inspected: tuple[threading.Event, list[dict[str, Any]]] | None = None

@@ -1,0 +1,1 @@
+"""The OpenAI-compatible server; `run.serve` starts it. Needs the extra `serve`."""

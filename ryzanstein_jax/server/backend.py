@@ -1,0 +1,59 @@
+"""What the server needs of an engine. `AsyncLLM` has it; tests bring others."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, Protocol
+
+from ryzanstein_jax.engine.scheduler import SchedulerStats
+from ryzanstein_jax.engine.tokens import Tokenizer
+from ryzanstein_jax.metrics import Metrics
+from ryzanstein_jax.request import RequestOutput, SamplingParams
+
+
+class Chunk(Protocol):
+    """What a stream adds; `llm.StreamChunk`."""
+
+    @property
+    def index(self) -> int: ...
+
+    @property
+    def text(self) -> str: ...
+
+    @property
+    def token_ids(self) -> list[int]: ...
+
+    @property
+    def finish_reason(self) -> str | None: ...
+
+    @property
+    def output(self) -> RequestOutput: ...
+
+
+class Backend(Protocol):
+    """An engine that streams. All but `stream` is called from the event loop and must not wait."""
+
+    @property
+    def tokenizer(self) -> Tokenizer | None: ...
+
+    @property
+    def max_length(self) -> int: ...
+
+    @property
+    def metrics(self) -> Metrics: ...
+
+    @property
+    def is_alive(self) -> bool: ...
+
+    @property
+    def orchestrator(self) -> Any: ...
+
+    def stats(self) -> SchedulerStats: ...
+
+    def get_default_sampling_params(self) -> SamplingParams: ...
+
+    def stream(
+        self, prompt: Sequence[int], sampling_params: SamplingParams | None = None, *, priority: int = 0
+    ) -> AsyncIterator[Any]: ...
+
+    def close(self) -> None: ...

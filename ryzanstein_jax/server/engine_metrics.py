@@ -1,0 +1,92 @@
+"""What the engine counts, read when Prometheus asks: nothing is kept twice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from ryzanstein_jax.metrics import SECONDS_BUCKETS, HistogramSnapshot, MetricsSnapshot
+from ryzanstein_jax.server.backend import Backend
+from ryzanstein_jax.server.health import Health, Status
+from ryzanstein_jax.server.instruments import PREFIX
+
+#: Counters that dashboards go by, which are there before anything was counted. Others follow as they come.
+_COUNTERS = {
+    "compiles": "Programs compiled.",
+    "restarts": "Times that worker processes were replaced.",
+    "faults": "Faults of worker processes and devices.",
+    "requests_replayed": "Requests that went on after a recovery.",
+}
+#: The two executors measure waiting for a step's result under names of their own.
+_STEP = ("step_wait_seconds", "step_fetch_seconds")
+_NO_VALUES = HistogramSnapshot(
+    count=0, sum=0.0, min=0.0, max=0.0, p50=0.0, p99=0.0, buckets=[(b, 0) for b in (*SECONDS_BUCKETS, float("inf"))]
+)
+
+
+class EngineCollector(Collector):
+    """Metrics of the engine behind a `Health`; before it has started, those of the server's state only."""
+
+    def __init__(self, health: Health, version: str):
+        self._health, self._version = health, version
+
+    def collect(self) -> Iterator[Metric]:
+        health, backend = self._health, self._health.backend
+        info = GaugeMetricFamily(f"{PREFIX}_build_info", "Always 1.", labels=["version"])
+        info.add_metric([self._version], 1)
+        yield info
+        now = health.status
+        status = GaugeMetricFamily(f"{PREFIX}_status", "1 for what the server can do now.", labels=["status"])
+        for one in Status:
+            status.add_metric([one.value], float(one is now))
+        yield status
+        age = "Seconds since the engine's last step; near 0 while idle."
+        yield GaugeMetricFamily(f"{PREFIX}_last_progress_age_seconds", age, health.progress_age if backend else 0.0)
+        snapshot = backend.metrics.snapshot() if backend else MetricsSnapshot(counters={}, histograms={})
+        yield from _of_snapshot(snapshot)
+        if backend is not None:
+            yield from _of_scheduler(backend)
+
+
+def _of_snapshot(snapshot: MetricsSnapshot) -> Iterator[Metric]:
+    counters, histograms = snapshot["counters"], dict(snapshot["histograms"])
+    for name, text in _COUNTERS.items():
+        yield CounterMetricFamily(f"{PREFIX}_{name}", text, counters.get(name, 0))
+    step = next((histograms.pop(name) for name in _STEP if name in histograms), _NO_VALUES)
+    yield _histogram("step_seconds", "Time waited for the result of a step.", step)
+    recovery = histograms.pop("recovery_seconds", _NO_VALUES)
+    yield _histogram("recovery_seconds", "From a fault to the next token.", recovery)
+    for name, histogram in histograms.items():
+        yield _histogram(f"engine_{name}", "A span of the engine.", histogram)
+    for name, count in counters.items():
+        if name not in _COUNTERS:
+            yield CounterMetricFamily(f"{PREFIX}_engine_{name}", "A counter of the engine.", count)
+
+
+def _of_scheduler(backend: Backend) -> Iterator[Metric]:
+    stats = backend.stats()
+    sequences = GaugeMetricFamily(f"{PREFIX}_sequences", "Sequences in the scheduler, by state.", labels=["state"])
+    sequences.add_metric(["running"], stats.num_running)
+    sequences.add_metric(["waiting"], stats.num_waiting)
+    yield sequences
+    pages = GaugeMetricFamily(f"{PREFIX}_kv_pages", "Pages of the KV cache, by state.", labels=["state"])
+    pages.add_metric(["used"], stats.num_pages_used)
+    pages.add_metric(["idle"], stats.num_pages_idle)
+    pages.add_metric(["free"], stats.num_pages - stats.num_pages_used - stats.num_pages_idle)
+    yield pages
+    yield CounterMetricFamily(f"{PREFIX}_steps", "Steps scheduled.", stats.num_steps)
+    yield CounterMetricFamily(f"{PREFIX}_preemptions", "Sequences that lost their pages.", stats.num_preemptions)
+    queries = "Tokens looked for in the prefix cache."
+    yield CounterMetricFamily(f"{PREFIX}_prefix_cache_queries", queries, stats.num_prefix_queries)
+    yield CounterMetricFamily(f"{PREFIX}_prefix_cache_hits", "Tokens found there.", stats.num_prefix_hits)
+    orchestrator = backend.orchestrator
+    if orchestrator is not None:
+        yield GaugeMetricFamily(f"{PREFIX}_devices", "Devices that serve.", orchestrator.width)
+
+
+def _histogram(name: str, text: str, found: HistogramSnapshot) -> Metric:
+    buckets = [("+Inf" if bound == float("inf") else f"{bound:g}", count) for bound, count in found["buckets"]]
+    return HistogramMetricFamily(f"{PREFIX}_{name}", text, buckets=buckets, sum_value=found["sum"])

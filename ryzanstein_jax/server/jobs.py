@@ -1,0 +1,84 @@
+"""From what a request says to what the engine is asked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ryzanstein_jax.errors import RequestError
+from ryzanstein_jax.request import SamplingParams
+from ryzanstein_jax.server.encode import Conversation
+from ryzanstein_jax.server.schema import ChatRequest, CompletionRequest, Sampling
+from ryzanstein_jax.server.service import Job
+from ryzanstein_jax.server.settings import ServerConfig
+
+#: Fields with the same name and meaning in the API and in the engine.
+_SAME = (
+    "n",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "seed",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "min_tokens",
+    "stop",
+    "stop_token_ids",
+    "include_stop_str_in_output",
+    "ignore_eos",
+    "skip_special_tokens",
+)
+#: What the model's own advice is taken for where the request says nothing.
+_ADVISED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+_DEFAULT_COMPLETION_TOKENS = 16
+
+
+def completion_job(request: CompletionRequest, config: ServerConfig, advice: SamplingParams) -> Job:
+    """Raises RequestError where a value is out of bounds."""
+    _check_logprobs("logprobs", request.logprobs, config)
+    wanted = _DEFAULT_COMPLETION_TOKENS if request.max_tokens is None else request.max_tokens
+    scored = request.logprobs if request.echo else None
+    params = _params(
+        request, config, advice, max_tokens=max(1, wanted), logprobs=request.logprobs, prompt_logprobs=scored
+    )
+    return Job(request.prompt, params, request.priority or 0, request.deadline_seconds)
+
+
+def chat_job(request: ChatRequest, config: ServerConfig, advice: SamplingParams) -> Job:
+    """Raises RequestError where a value is out of bounds."""
+    _check_logprobs("top_logprobs", request.top_logprobs, config)
+    both = (request.max_tokens, request.max_completion_tokens)
+    if None not in both and both[0] != both[1]:
+        raise RequestError("max_tokens", request.max_tokens, "it is the old name of max_completion_tokens: give one")
+    most = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
+    logprobs = (request.top_logprobs or 0) if request.logprobs else None
+    params = _params(request, config, advice, max_tokens=most, logprobs=logprobs)
+    conversation = Conversation(
+        [message.plain() for message in request.messages],
+        request.add_generation_prompt is not False,
+        request.chat_template_kwargs or {},
+    )
+    return Job([conversation], params, request.priority or 0, request.deadline_seconds, param="messages")
+
+
+def _check_logprobs(field: str, value: int | None, config: ServerConfig) -> None:
+    if value is not None and value > config.max_logprobs:
+        raise RequestError(field, value, f"use at most {config.max_logprobs}")
+
+
+def _params(request: Sampling, config: ServerConfig, advice: SamplingParams, **more: Any) -> SamplingParams:
+    if request.stop is not None and len(request.stop) > config.max_stops:
+        raise RequestError("stop", f"{len(request.stop)} strings", f"use at most {config.max_stops}")
+    chosen = {name: getattr(advice, name) for name in _ADVISED}
+    chosen |= {name: value for name in _SAME if (value := getattr(request, name)) is not None}
+    return SamplingParams(**chosen, logit_bias=_biases(request.logit_bias or {}), **more)
+
+
+def _biases(named: dict[str, float]) -> dict[int, float]:
+    biases = {}
+    for name, value in named.items():
+        if not (name.isascii() and name.isdigit() and len(name) <= 10):
+            raise RequestError("logit_bias", name[:40], "use token ids as names")
+        biases[int(name)] = value
+    return biases

@@ -1,0 +1,311 @@
+"""What requests may hold, as pydantic models; everything else is refused by name."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
+from pydantic_core import PydanticCustomError
+
+from ryzanstein_jax.request import MAX_N, MAX_STOPS
+from ryzanstein_jax.server.problems import INVALID, ApiError
+
+#: Fields of OpenAI's API that this server has not, and the values that ask for nothing; null always does.
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "audio": (),
+    "best_of": (1,),
+    "function_call": ("none",),
+    "functions": ([],),
+    "metadata": ({},),
+    "modalities": (["text"],),
+    "moderation": (),
+    "parallel_tool_calls": (),
+    "prediction": (),
+    "prompt_cache_key": (),
+    "prompt_cache_options": (),
+    "prompt_cache_retention": (),
+    "reasoning_effort": (),
+    "response_format": ({"type": "text"},),
+    "safety_identifier": (),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+    "suffix": (),
+    "tool_choice": ("none",),
+    "tools": ([],),
+    "verbosity": (),
+    "web_search_options": (),
+}
+#: Fields that answers hold, and that clients send back with them.
+_UNSUPPORTED_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
+    "annotations": ([],),
+    "audio": (),
+    "function_call": (),
+    "name": (),
+    "refusal": (),
+    "tool_call_id": (),
+    "tool_calls": ([],),
+}
+
+
+def _without_unsupported(value: Any, unsupported: dict[str, tuple[Any, ...]]) -> Any:
+    """The object without fields that ask for nothing; one that asks for what is not there is an error."""
+    if not isinstance(value, dict):
+        return value
+    for name in unsupported.keys() & value.keys():
+        asked = value[name]
+        # `in` would take 1 for True.
+        if asked is not None and not any(type(asked) is type(none) and asked == none for none in unsupported[name]):
+            raise PydanticCustomError("unsupported", "'{name}' is not supported by this server", {"name": name})
+    return {name: item for name, item in value.items() if name not in unsupported}
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+
+
+class StreamOptions(_Strict):
+    """What a stream brings beside text."""
+
+    include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None
+
+
+Stops = Annotated[
+    list[str],
+    BeforeValidator(_as_list),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
+]
+
+
+Bias = Annotated[float, Field(ge=-100, le=100)]
+
+
+class Sampling(_Strict):
+    """Fields that completions and chats have in common. Those after `user` are this server's own, named as vLLM's."""
+
+    model: str
+    n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    stop: Stops | None = None
+    seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    logit_bias: Annotated[dict[str, Bias], Field(max_length=4096)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    #: Taken and left alone, as the API says it is for the provider's own statistics.
+    user: str | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=1 << 30)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
+    min_tokens: Annotated[int, Field(ge=0, lt=1 << 30)] | None = None
+    stop_token_ids: Annotated[list[int], Field(max_length=MAX_STOPS)] | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    #: Lower ones run first.
+    priority: Annotated[int, Field(ge=-1000, le=1000)] | None = None
+    #: Seconds after which the request is given up; never more than the server's own limit.
+    deadline_seconds: Annotated[float, Field(gt=0, le=1e6)] | None = None
+    #: Adds the tokens to each choice.
+    return_token_ids: bool | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unsupported(cls, value: Any) -> Any:
+        return _without_unsupported(value, UNSUPPORTED)
+
+    @model_validator(mode="after")
+    def _check_stream_options(self) -> Sampling:
+        if self.stream_options is not None and not self.stream:
+            raise PydanticCustomError(
+                "stream_options", "The 'stream_options' parameter is only allowed when 'stream' is enabled."
+            )
+        return self
+
+
+_PROMPT = {
+    "anyOf": [
+        {"type": "string"},
+        {"type": "array", "items": {"type": "string"}},
+        {"type": "array", "items": {"type": "integer"}},
+        {"type": "array", "items": {"type": "array", "items": {"type": "integer"}}},
+    ]
+}
+
+
+def _is_tokens(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(token) is int for token in value)
+
+
+def _as_prompts(value: Any) -> list[Any]:
+    """One prompt or several, each text or tokens, as a list of them."""
+    if isinstance(value, str) or _is_tokens(value):
+        return [value]
+    if isinstance(value, list) and value and all(isinstance(prompt, str) or _is_tokens(prompt) for prompt in value):
+        return value
+    raise PydanticCustomError("prompt", "use text, a list of token ids, or a list of either; none may be an empty list")
+
+
+class CompletionRequest(Sampling):
+    """`POST /v1/completions`."""
+
+    prompt: Annotated[list[Any], BeforeValidator(_as_prompts), WithJsonSchema(_PROMPT)]
+    max_tokens: Annotated[int, Field(ge=0, lt=1 << 30)] | None = None
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0)] | None = None
+
+
+def _as_text(value: Any) -> Any:
+    """Content that is a list of parts, as text: parts that are no text are refused, and nothing is ever fetched."""
+    if not isinstance(value, list):
+        return value
+    texts = []
+    for part in value:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "text":
+            shown = kind[:40] if isinstance(kind, str) else "without a type"
+            raise PydanticCustomError(
+                "unsupported",
+                "content part {kind} is not supported: this model takes text only, and nothing is ever fetched",
+                {"kind": repr(shown)},
+            )
+        if part.keys() != {"type", "text"} or not isinstance(part["text"], str):
+            raise PydanticCustomError("part", "a text part has the fields type and text, and no others")
+        texts.append({"type": "text", "text": part["text"]})
+    if not texts:
+        raise PydanticCustomError("part", "give at least one part")
+    return texts
+
+
+_CONTENT = {
+    "anyOf": [
+        {"type": "string"},
+        {
+            "type": "array",
+            "minItems": 1,
+            "items": {
+                "type": "object",
+                "additionalProperties": False,
+                "required": ["type", "text"],
+                "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+            },
+        },
+    ]
+}
+
+
+def _is_content(value: Any) -> Any:
+    if not isinstance(value, str | list):
+        raise PydanticCustomError("content", "use text, or a list of parts of type text")
+    return _as_text(value)
+
+
+class Message(_Strict):
+    """One message of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[Any, BeforeValidator(_is_content), WithJsonSchema(_CONTENT)]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unsupported(cls, value: Any) -> Any:
+        return _without_unsupported(value, _UNSUPPORTED_IN_MESSAGE)
+
+    def plain(self) -> dict[str, Any]:
+        """For chat templates, which know "system" and not its newer name."""
+        return {"role": "system" if self.role == "developer" else self.role, "content": self.content}
+
+
+Messages = Annotated[list[Message], Field(min_length=1)]
+
+
+class ChatRequest(Sampling):
+    """`POST /v1/chat/completions`."""
+
+    messages: Messages
+    max_tokens: Annotated[int, Field(ge=1, lt=1 << 30)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, lt=1 << 30)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0)] | None = None
+    add_generation_prompt: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _check_top_logprobs(self) -> ChatRequest:
+        if self.top_logprobs and not self.logprobs:
+            raise PydanticCustomError("top_logprobs", "'top_logprobs' needs 'logprobs' to be true")
+        return self
+
+
+class TokenizeRequest(_Strict):
+    """`POST /tokenize`: a prompt, or a conversation."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Messages | None = None
+    add_special_tokens: bool = True
+    add_generation_prompt: bool = True
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _check_input(self) -> TokenizeRequest:
+        if (self.prompt is None) == (self.messages is None):
+            raise PydanticCustomError("input", "give either 'prompt' or 'messages'")
+        return self
+
+
+class DetokenizeRequest(_Strict):
+    """`POST /detokenize`."""
+
+    model: str | None = None
+    tokens: list[int]
+
+
+Schema = TypeVar("Schema", bound=BaseModel)
+
+
+def parse(kind: type[Schema], body: bytes) -> Schema:
+    """A request of its body.
+
+    Raises:
+        ApiError: it is no JSON, or holds what the schema does not allow; names the first field at fault.
+    """
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as error:
+        raise _refusal(error) from None
+    except (RecursionError, ValueError) as error:  # deeper than pydantic follows
+        raise ApiError(400, f"The body can't be read: {type(error).__name__}.", kind=INVALID) from None
+
+
+def _refusal(error: ValidationError) -> ApiError:
+    first = error.errors(include_url=False, include_input=False)[0]
+    kind, where = first["type"], _path(first["loc"])
+    if kind == "json_invalid":
+        message = "We could not parse the JSON body of your request. " + first["msg"]
+        return ApiError(400, message, code="invalid_json")
+    if kind == "extra_forbidden":
+        return ApiError(400, f"Unknown parameter: '{where}'.", param=where, code="unknown_parameter")
+    if kind == "missing":
+        return ApiError(400, f"Missing required parameter: '{where}'.", param=where, code="missing_required_parameter")
+    if kind == "unsupported":
+        name = str(first.get("ctx", {}).get("name", ""))
+        return ApiError(400, first["msg"], param=".".join(filter(None, (where, name))), code="unsupported_parameter")
+    named = kind in ("stream_options", "top_logprobs")  # checks of more than one field
+    param: str | None = kind if named else where or None
+    message = first["msg"] if not where else f"Invalid value for '{where}': {first['msg']}"
+    return ApiError(400, message, param=param, code="invalid_value")
+
+
+def _path(location: tuple[int | str, ...]) -> str:
+    """("messages", 0, "role") -> messages[0].role"""
+    path = ""
+    for part in location:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)[:100]
+    return path[:200]
