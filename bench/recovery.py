@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import threading
@@ -140,7 +141,9 @@ class Drill:
         return self.llm.orchestrator.status()
 
     def events(self, *kinds: str) -> list[dict[str, Any]]:
-        return [event for event in self.status()["events"] if event["kind"] in kinds]
+        """All events of some kinds, oldest first."""
+        assert self.llm.orchestrator is not None
+        return [json.loads(event.to_json()) for event in self.llm.orchestrator.events.list() if event.kind in kinds]
 
     def close(self) -> None:
         self.llm.close()

@@ -1,11 +1,10 @@
 """Logits to tokens: greedy, temperature, top-k, top-p, min-p; penalties, bias, masks, log-probabilities.
 
-Nothing sorts the vocabulary and no noise is drawn over it: top-k and top-p are thresholds found by
-bisection over the logits' bits, and a row draws one uniform number that it looks up in the cumulative
-distribution. A row's token is a function of its logits, its settings, its key and its position alone.
+Nothing sorts the vocabulary: top-k and top-p are thresholds found by
+bisection over the logits' bits. A row's token is a function of its logits, its settings, its key and its position
+alone, and one that the rounding of its logits hardly touches.
 
-Array names end in their dims: R rows, V vocabulary (perhaps padded), B blocks of columns, C columns of a
-block, L history, N alternatives.
+Array names end in their dims: R rows, V vocabulary (perhaps padded), L history, N alternatives.
 """
 
 from __future__ import annotations
@@ -16,9 +15,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-#: Columns of a block: the cumulative distribution is over blocks first, then within the one drawn.
-BLOCK = 256
 
 #: Logits are cut to this, so that their differences stay numbers.
 LARGEST = float(np.finfo(np.float32).max)
@@ -220,42 +216,28 @@ def _draw(logits_RV: jax.Array, best_R: jax.Array, greedy_R: jax.Array, rows: Ro
     temperature_R1 = jnp.where(rows.temperature > 0, jnp.maximum(rows.temperature, _SMALLEST_TEMPERATURE), 1.0)[:, None]
     threshold_R = _threshold(logits_RV, best_R1, temperature_R1, rows)
 
-    def kept_weights(logits: jax.Array) -> jax.Array:
-        """Weights of logits [R, ...] relative to the most likely token's, 0 for those filtered out."""
-        expand = (slice(None), *([None] * (logits.ndim - 1)))
-        weight = _weights(logits, best_R1[:, 0][expand], temperature_R1[:, 0][expand])
-        kept = (_ordered_key(logits) >= threshold_R[expand]) & (weight >= rows.min_p[expand])
-        return jnp.where(kept, weight, 0.0)
+    weight_RV = _weights(logits_RV, best_R1, temperature_R1)
+    kept_RV = (_ordered_key(logits_RV) >= threshold_R[:, None]) & (weight_RV >= rows.min_p[:, None])
+    # The first of independent exponential clocks to ring, each as fast as its token is likely. Unlike a look-up in the
+    # cumulative distribution, where the rounding of all weights before it moves a token's place, this is decided by
+    # two tokens alone: logits that differ in their last bits, as those of a replay do, hardly ever change it.
+    ring_RV = jnp.where(kept_RV & (weight_RV > 0), _exponentials(rows, logits_RV.shape[1]) / weight_RV, jnp.inf)
+    column_V = jnp.arange(logits_RV.shape[1], dtype=jnp.int32)
+    first_RV = ring_RV == jnp.min(ring_RV, axis=1, keepdims=True)
+    drawn_R = jnp.min(jnp.where(first_RV, column_V, logits_RV.shape[1] - 1), axis=1)
+    # Without any weight (no finite logit) there is nothing to draw from.
+    return jnp.where(jnp.isfinite(best_R), drawn_R, greedy_R)
 
-    num_rows, width = logits_RV.shape
-    blocks = -(-width // BLOCK)
-    logits_RV = jnp.pad(logits_RV, ((0, 0), (0, blocks * BLOCK - width)), constant_values=-jnp.inf)
-    logits_RBC = logits_RV.reshape(num_rows, blocks, BLOCK)
-    sums_RB = jnp.sum(kept_weights(logits_RBC), axis=2)
 
+def _exponentials(rows: Rows, width: int) -> jax.Array:
+    """Exponential random numbers, float32 [R, width], of each row's key and position; finite and above 0."""
     keys_R = jax.random.wrap_key_data(rows.key, impl="threefry2x32")
-    uniform_R = jax.vmap(lambda key, position: jax.random.uniform(jax.random.fold_in(key, position)))(
+    bits_RV = jax.vmap(lambda key, position: jax.random.bits(jax.random.fold_in(key, position), (width,)))(
         keys_R, rows.position
     )
-    block_R, rest_R = _invert(sums_RB, uniform_R * jnp.sum(sums_RB, axis=1))
-    weights_RC = kept_weights(jnp.take_along_axis(logits_RBC, block_R[:, None, None], axis=1)[:, 0])
-    column_R, _ = _invert(weights_RC, rest_R)
-    # Without any weight (no finite logit) there is nothing to draw from.
-    return jnp.where(jnp.isfinite(best_R), block_R * BLOCK + column_R, greedy_R)
-
-
-def _invert(weights_RX: jax.Array, point_R: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The index, int32 [R], at which the running sum of the weights passes the point, and what is left of it.
-
-    Whatever rounding does, an index of positive weight is chosen where there is one.
-    """
-    sums_RX = jnp.cumsum(weights_RX, axis=1)
-    positive_RX = weights_RX > 0
-    passed_RX = positive_RX & (sums_RX > point_R[:, None])
-    last_R = weights_RX.shape[1] - 1 - jnp.argmax(positive_RX[:, ::-1], axis=1).astype(jnp.int32)
-    index_R = jnp.where(jnp.any(passed_RX, axis=1), jnp.argmax(passed_RX, axis=1).astype(jnp.int32), last_R)
-    before_R = jnp.take_along_axis(sums_RX - weights_RX, index_R[:, None], axis=1)[:, 0]
-    return index_R, jnp.maximum(point_R - before_R, 0.0)
+    # Small ones win, so it is these that need many bits.
+    uniform_RV = jnp.minimum((bits_RV.astype(jnp.float32) + 0.5) * 2.0**-32, 1.0 - 2.0**-24)
+    return -jnp.log1p(-uniform_RV)
 
 
 def _weights(logits: jax.Array, best: jax.Array, temperature: jax.Array) -> jax.Array:
