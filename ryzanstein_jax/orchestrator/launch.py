@@ -201,17 +201,25 @@ def cause_of(group: ProcessGroup, fault: Fault) -> Fault:
     return fault
 
 
-def rank_config(config: EngineConfig, devices: Sequence[DeviceReport], num_pages: int | None) -> EngineConfig:
-    """The settings that ranks load with: of this width, with the pages that an earlier generation settled on.
+def rank_config(
+    config: EngineConfig, devices: Sequence[DeviceReport], num_pages: int | None, page_share: float = 1.0
+) -> EngineConfig:
+    """The settings that ranks load with.
 
     CPU devices of one host share its memory.
+
+    Args:
+        config: as the user gave it.
+        devices: of the ranks; they are the mesh.
+        num_pages: that an earlier generation of this width settled on, if there was one.
+        page_share: where there was none, how much of the user's pages, or else of the memory, to take.
     """
-    width = len(devices)
-    config = config.replace(tensor_parallel_size=width)
-    if num_pages is not None:
-        config = config.replace(num_pages=num_pages)
-    if devices[0].platform == "cpu":
-        fraction = resolve_fraction(config.memory_fraction, "cpu")
-        sharing = max(sum(device.host == other.host for other in devices) for device in devices)
-        config = config.replace(memory_fraction=fraction / sharing)
-    return config
+    platform = devices[0].platform
+    fraction = resolve_fraction(config.memory_fraction, platform)
+    if platform == "cpu":
+        fraction /= max(sum(device.host == other.host for other in devices) for device in devices)
+    if num_pages is None and config.num_pages is not None:
+        num_pages = max(2, int(config.num_pages * page_share))
+    elif num_pages is None:
+        fraction *= page_share
+    return config.replace(tensor_parallel_size=len(devices), memory_fraction=fraction, num_pages=num_pages)

@@ -63,7 +63,8 @@ class Supervisor:
         self._suspected: list[tuple[ProcessGroup, Fault]] = []  # by the engine's thread
         self._inspected: tuple[threading.Event, list[dict[str, Any]]] | None = None
         self._num_pages: dict[int, int] = {}  # by width: all generations of one width have the same programs
-        self._batch_divisor = self._page_divisor = 1
+        self._batch_divisor = 1
+        self._page_share = 1.0  # of the pages that the memory budget has room for
         self._delay_until = 0.0
         self.joined = False
         self.ready: Ready | None = None
@@ -185,10 +186,8 @@ class Supervisor:
         self.joined = True
         self._owner.tell_joined()
         launch.wait(self._may_load)
-        pages = self._num_pages.get(width, self._config.num_pages)
-        if pages is not None and self._page_divisor > 1:
-            pages = max(2, pages // self._page_divisor)
-        self.ready = ready = launch.load(rank_config(self._config, devices, pages), self._progress)
+        config = rank_config(self._config, devices, self._num_pages.get(width), self._page_share)
+        self.ready = ready = launch.load(config, self._progress)
         self._num_pages.setdefault(width, ready.limits.num_pages)
         memory = ready.report.memory
         self._allocator.learn(width, memory.temporaries, memory.logits)
@@ -196,7 +195,7 @@ class Supervisor:
             self._owner.metrics.count(name, count)
         self.width = width
         self.parts |= {"join_seconds": round(ready.join_seconds, 3), "load_seconds": round(ready.load_seconds, 3)}
-        degraded = width < self._config.tensor_parallel_size or self._batch_divisor > 1 or self._page_divisor > 1
+        degraded = width < self._config.tensor_parallel_size or self._batch_divisor > 1 or self._page_share < 1
         self._events.record(
             EventKind.DEGRADED if degraded else EventKind.READY,
             f"{width} of {self._config.tensor_parallel_size} devices serve",
@@ -334,7 +333,8 @@ class Supervisor:
         if decision.action is Action.SHRINK_BATCH:
             self._batch_divisor *= 2
         elif decision.action is Action.SHRINK_PAGES:
-            self._page_divisor *= 2
+            self._page_share /= 2
+            self._num_pages = {width: max(2, pages // 2) for width, pages in self._num_pages.items()}
         elif decision.action is Action.EXCLUDE:
             for slot in decision.slots:
                 self._allocator.exclude(slot, decision.reason)

@@ -258,7 +258,7 @@ def test_cpu_devices_of_a_host_share_its_memory():
 @pytest.mark.parametrize("fraction", [None, 0.6])
 def test_gpus_do_not(fraction):
     config = EngineConfig("none", memory_fraction=fraction)
-    assert rank_config(config, [device(platform="gpu")] * 4, None).memory_fraction == fraction
+    assert rank_config(config, [device(platform="gpu")] * 4, None).memory_fraction == (fraction or 0.9)
 
 
 def test_width_and_pages_are_those_of_the_group():
@@ -266,6 +266,16 @@ def test_width_and_pages_are_those_of_the_group():
     changed = rank_config(config, [device(platform="gpu")] * 3, None)
     assert (changed.tensor_parallel_size, changed.num_pages) == (3, 50)
     assert rank_config(config, [device(platform="gpu")], 20).num_pages == 20
+
+
+def test_after_out_of_memory_pages_are_fewer_whether_or_not_they_were_counted_before():
+    gpu = [device(platform="gpu")]
+    counted = EngineConfig("none", num_pages=50)
+    assert rank_config(counted, gpu, None, 0.5).num_pages == 25
+    assert rank_config(counted, gpu, 12, 0.5).num_pages == 12, "what a generation settled on was halved already"
+    free = EngineConfig("none", memory_fraction=0.8)
+    assert rank_config(free, gpu, None, 0.5).memory_fraction == pytest.approx(0.4)
+    assert rank_config(free, gpu, None, 0.5).num_pages is None
 
 
 @pytest.mark.parametrize(
