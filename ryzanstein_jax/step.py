@@ -78,6 +78,9 @@ class StepPrograms:
         rules: logical axis -> mesh axis.
         metrics: counts programs (`compiles`), and those of them that the store had (`executables_loaded`).
         store: keeps compiled programs for the next start; None keeps none.
+
+    Attributes:
+        prefers_loaded: whether to run a step in a larger bucket rather than wait for its own to be loaded.
     """
 
     def __init__(
@@ -95,7 +98,7 @@ class StepPrograms:
         self.spec, self.sizes, self.dtype, self.mesh, self.shapes = spec, sizes, jnp.dtype(dtype), mesh, shapes
         self.rules = rules
         self.metrics = metrics if metrics is not None else Metrics()
-        self.store = store
+        self.store, self.prefers_loaded = store, False
         self._environment = environment_of(mesh) if store is not None else {}
         self.replicated = NamedSharding(mesh, PartitionSpec())
         decoder = Decoder(spec, sizes, self.dtype)
@@ -361,13 +364,11 @@ class StepPrograms:
         return program_key(program, self._environment)
 
     def bucket_of(self, plan: StepPlan) -> Bucket:
-        """The cheapest bucket that holds a plan; of those whose program is there, if any."""
+        """The cheapest bucket that holds a plan; with `prefers_loaded`, of those whose program is there, if any."""
         fitting = [bucket for bucket in self.shapes.buckets if bucket.holds(plan)]
-        for bucket in fitting:  # to load one takes longer than a larger one does
-            if bucket in self.forwards:
-                return bucket
+        loaded = [bucket for bucket in fitting if bucket in self.forwards] if self.prefers_loaded else []
         if fitting:
-            return fitting[0]
+            return (loaded or fitting)[0]
         raise ValueError(
             f"no bucket holds {plan.num_decodes} decodes, {plan.num_prefill_tokens} prompt tokens of "
             f"{plan.num_prefills} prompts and {len(plan.rows)} rows"

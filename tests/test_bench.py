@@ -154,7 +154,7 @@ def test_the_benchmarks_run_on_a_tiny_model(tmp_path: Path) -> None:
     command += ["--json", str(tmp_path), "--hf-python", ""]
     run = subprocess.run(command, cwd=ROOT, env={**os.environ, "COLUMNS": "100"}, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
-    assert {path.stem for path in tmp_path.glob("*.json")} == {"single_stream", "batch", "shared_prefix"}
+    assert {path.stem for path in tmp_path.glob("*.json")} == {"single_stream", "batch", "shared_prefix", "recovery"}
     single = json.loads((tmp_path / "single_stream.json").read_text())
     assert set(single["figures"]) == {OURS}
     assert all(value > 0 for value in single["figures"][OURS].values())

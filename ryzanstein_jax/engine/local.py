@@ -55,6 +55,8 @@ class LocalExecutor:
         first: the steps that will come first, as (decode tokens, prompt tokens) each: their programs are loaded
             before the executor is ready. Others that earlier starts left on disk are loaded when a step wants
             them, or while there are no steps.
+        hurry: run a step in a larger bucket rather than wait until its own is loaded. It rounds otherwise, so two
+            runs may differ in the last bits of a log-probability.
 
     Raises:
         ConfigError: there are too few devices.
@@ -70,6 +72,7 @@ class LocalExecutor:
         *,
         progress: Progress = lambda what, done, total: None,
         first: Collection[tuple[int, int]] = ((0, 1), (1, 0)),
+        hurry: bool = False,
     ):
         store = prepare_process(config)
         mesh = make_mesh(config.tensor_parallel_size)
@@ -123,6 +126,7 @@ class LocalExecutor:
         with ThreadPoolExecutor(1) as loader:
             loading = loader.submit(_load, config, files, spec, sizes, programs)
             needed = {_bucket_for(buckets, *step) for step in first}
+            programs.prefers_loaded = hurry
             postponed = programs.compile_all(lambda done, total: progress("compiling", done, total), first=needed)
             compile_seconds = time.perf_counter() - began
             progress("loading weights", 0, 1)

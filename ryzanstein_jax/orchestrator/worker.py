@@ -104,10 +104,10 @@ class Worker:
         def progress(what: str, done: int, total: int) -> None:
             self._control.send_json(Kind.PROGRESS, {"what": what, "done": done, "total": total})
 
-        first = [(0, 1), (1, 0)]
-        if self._spec.generation > 1:  # whoever ran is replayed: full steps come first
-            first = [(config.max_num_seqs, config.max_num_batched_tokens), (config.max_num_seqs, 0)]
-        executor = self._executor = LocalExecutor(config, files, spec, progress=progress, first=first)
+        restarted = self._spec.generation > 1  # whoever ran is replayed: full steps come first
+        full = (config.max_num_seqs, config.max_num_batched_tokens)
+        first = [full, (full[0], 0)] if restarted else [(0, 1), (1, 0)]
+        executor = self._executor = LocalExecutor(config, files, spec, progress=progress, first=first, hurry=restarted)
         self._prepare_probe()
         self._beat.phase = Phase.SERVING
         self._control.send_json(
