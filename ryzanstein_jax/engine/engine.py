@@ -160,8 +160,6 @@ class Engine:
         try:
             self._advance()
         except DeviceStateLostError:
-            # Whoever was on the devices may be the reason; see `Scheduler.blame`.
-            self._scheduler.blame()
             self._failure, self._lost = None, True
         return self._take_changed()
 
@@ -190,8 +188,9 @@ class Engine:
 
     def _resume(self) -> None:
         """Waits a moment for the executor to be there again, then goes on."""
+        executor = cast(RestartableExecutor, self._executor)
         try:
-            ready = cast(RestartableExecutor, self._executor).restart(_RESTART_SECONDS, len(self._requests))
+            ready = executor.restart(_RESTART_SECONDS, len(self._requests))
         except RyzansteinError as error:
             self._gave_up, self._lost = error, False
             self._scheduler.reset()
@@ -199,6 +198,8 @@ class Engine:
                 self._fail(state, error, "error")
             return
         if ready:
+            if executor.blames_requests:  # known by now; see `Scheduler.blame`
+                self._scheduler.blame()
             self.recover()
 
     def _note_scheduled(self) -> None:

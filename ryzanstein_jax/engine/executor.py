@@ -57,6 +57,11 @@ class Executor(Protocol):
 class RestartableExecutor(Executor, Protocol):
     """An executor that gets new devices, or processes, when it loses those that it had."""
 
+    @property
+    def blames_requests(self) -> bool:
+        """Whether what ran may be the reason of the last loss; not where somebody outside killed a process."""
+        ...
+
     def restart(self, timeout: float, num_requests: int) -> bool:
         """Waits up to `timeout` seconds for new ones; True once steps run again, numbered from 0.
 

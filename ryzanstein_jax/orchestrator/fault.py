@@ -34,6 +34,7 @@ class Fault:
         log: last lines that the first of `ranks` wrote.
         is_effect: it may well follow from another fault, of a rank that is not named here: a collective fails on the
             ranks that live, and often they tell before the death of the one that did not is seen.
+        is_external: what ran can't be the reason: somebody killed or stopped a process, a machine or a device went.
     """
 
     kind: FaultKind
@@ -44,6 +45,7 @@ class Fault:
     error_type: str = ""
     log: tuple[str, ...] = ()
     is_effect: bool = False
+    is_external: bool = False
 
     def __str__(self) -> str:
         who = f"rank {', '.join(map(str, self.ranks))}: " if self.ranks else ""

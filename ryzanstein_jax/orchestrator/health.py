@@ -7,6 +7,7 @@ And a step that outlasts its deadline is hung whatever the heartbeats say; the d
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import threading
 import time
@@ -173,7 +174,7 @@ class HealthMonitor:
                 )
                 self.history.append(sample)
             if state == "stopped" and now - self._stopped_since[rank.rank] > _STOPPED_SECONDS:
-                return self._hang("its process is stopped", (rank,))
+                return dataclasses.replace(self._hang("its process is stopped", (rank,)), is_external=True)
             if state == "silent":
                 return self._hang(f"no heartbeat for {now - rank.beat_time:.1f} s", (rank,))
         if sampling:
@@ -244,7 +245,8 @@ class HealthMonitor:
         if not self._probe_missing:
             self._probe_sent, self._last_probe = None, time.monotonic()
         if problems:
-            return Fault(FaultKind.DEVICE, f"its device failed the probe: {'; '.join(problems)[:2000]}", (rank,))
+            text = f"its device failed the probe: {'; '.join(problems)[:2000]}"
+            return Fault(FaultKind.DEVICE, text, (rank,), is_external=True)
         return None
 
     def _check_probe(self, group: ProcessGroup, now: float) -> Fault | None:
@@ -256,7 +258,7 @@ class HealthMonitor:
         if now - self._probe_sent <= self._config.probe_timeout_sec:
             return None
         message = f"its device did not answer the probe within {self._config.probe_timeout_sec:g} s"
-        return Fault(FaultKind.DEVICE, message, tuple(sorted(self._probe_missing)))
+        return Fault(FaultKind.DEVICE, message, tuple(sorted(self._probe_missing)), is_external=True)
 
     # --- for people
 

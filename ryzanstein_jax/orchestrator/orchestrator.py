@@ -219,6 +219,12 @@ class MultiGPUOrchestrator:
         )
         return True
 
+    @property
+    def blames_requests(self) -> bool:
+        """Whether what ran may be the reason of the last loss."""
+        fault = self._supervisor.last_fault
+        return fault is not None and not (fault.is_external or fault.is_effect)
+
     def _serving(self) -> ProcessGroup:
         with self._lock:
             if self._failure is not None:

@@ -40,6 +40,7 @@ class ProcessGroup:
     def __init__(self, generation: int, coordinator: Coordinator | None):
         self.generation, self.ranks = generation, list[Rank]()
         self._coordinator = coordinator
+        self._kills_for_memory = _kills_for_memory()
         self._agents: list[HostAgent] = []
         self._arrivals: deque[tuple[Rank, str, Channel]] = deque()  # from the listener's threads
         self._selector = selectors.DefaultSelector()
@@ -128,7 +129,8 @@ class ProcessGroup:
             self._selector.register(rank.pidfd, selectors.EVENT_READ, lambda: self._note_end(rank))
 
     def _agent_gone(self, agent: HostAgent) -> Fault:
-        return Fault(FaultKind.PROCESS_DEATH, f"the agent of {agent.name} has ended, and its ranks with it")
+        text = f"the agent of {agent.name} has ended, and its ranks with it"
+        return Fault(FaultKind.PROCESS_DEATH, text, is_external=True)
 
     def _note_end(self, rank: Rank) -> list[Notice]:
         """A rank's process has ended: that is a fault, whatever its channels still hold."""
@@ -152,6 +154,8 @@ class ProcessGroup:
             f"its process {max(rank.pid, rank.remote_pid)} {how}",
             (rank.rank,),
             log=tuple(rank.logs.tail(10)),
+            # The kernel kills too, for want of memory, and then what ran may well be the reason.
+            is_external=code in (-signal.SIGKILL, -signal.SIGTERM) and _kills_for_memory() == self._kills_for_memory,
         )
 
     def _read_control(self, rank: Rank) -> list[Notice]:
@@ -303,6 +307,15 @@ class ProcessGroup:
                 rank.pidfd = -1
         if self._coordinator is not None:
             self._coordinator.close()
+
+
+def _kills_for_memory() -> int:
+    """Processes that the kernel has killed for want of memory since this machine started; 0 where it doesn't tell."""
+    try:
+        with open("/proc/vmstat", encoding="ascii") as file:
+            return next((int(line.split()[1]) for line in file if line.startswith("oom_kill ")), 0)
+    except OSError:
+        return 0
 
 
 def _signal_name(number: int) -> str:

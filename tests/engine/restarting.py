@@ -64,6 +64,8 @@ class Restarting(FakeExecutor):
         if self.dead:
             raise DeviceStateLostError("the devices are gone")
 
+    blames_requests = True
+
     def restart(self, timeout: float, num_requests: int) -> bool:
         assert self.dead, "nothing was lost"
         assert 0 < timeout < 10

@@ -110,6 +110,28 @@ def test_a_rank_that_dies_during_recovery(llm: AsyncLLM, expected: list[list[Com
     assert llm.orchestrator.status()["generation"] >= generation + 2
 
 
+def test_killing_again_and_again_convicts_nobody(llm: AsyncLLM, expected: list[list[CompletionOutput]]) -> None:
+    """More often than a request may lose the devices by its own doing, each time before any has got a token."""
+    assert llm.orchestrator is not None
+    killed: list[int] = []
+
+    def again() -> None:
+        deadline = time.monotonic() + 60.0
+        while len(killed) < 6 and time.monotonic() < deadline:
+            health = llm.orchestrator.status()["health"]  # type: ignore[union-attr]
+            ranks = health["ranks"]
+            if ranks and health["steps_running"] and ranks[0]["pid"] not in killed and ranks[0]["pid"] > 0:
+                killed.append(ranks[0]["pid"])
+                os.kill(ranks[0]["pid"], signal.SIGKILL)
+            time.sleep(0.0005)
+
+    thread = threading.Thread(target=again)
+    thread.start()
+    same(run_streams(llm), expected)
+    thread.join()
+    assert len(killed) == 6
+
+
 def test_the_agent_that_dies_is_replaced_with_its_ranks(llm: AsyncLLM, expected: list[list[CompletionOutput]]) -> None:
     def kill_agent() -> None:
         (parent,) = {_parent(pid) for pid in pids(llm)}
