@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +24,7 @@ _END_SECONDS = 3.0
 Arrived = Callable[[str, Channel], None]
 
 
-class HostAgent:
+class HostAgent(ABC):
     """What the leader knows of a machine.
 
     Attributes:
@@ -48,6 +49,7 @@ class HostAgent:
             self.lose()
             return []
 
+    @abstractmethod
     def spawn(self, spec: RankSpec, log_fd: int, arrived: Arrived) -> None:
         """Has it start a rank, whose channels come through `arrived`: at once, or when the rank has dialed.
 
@@ -59,7 +61,6 @@ class HostAgent:
         Raises:
             ChannelClosedError: the agent is gone.
         """
-        raise NotImplementedError
 
     def lose(self) -> None:
         """Has nothing to do with it any more; without a leader its ranks end."""

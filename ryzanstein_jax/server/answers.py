@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from ryzanstein_jax.server.schema import ChatRequest, CompletionRequest, Samplin
 Json = dict[str, Any]
 
 
-class Answer:
+class Answer(ABC):
     """What both have in common. Fed with all pieces of a request, whether it is streamed or not.
 
     Args:
@@ -48,13 +49,13 @@ class Answer:
 
     # --- to be filled in
 
+    @abstractmethod
     def events_of(self, index: int, piece: Piece, completion: CompletionOutput, first: int) -> Iterator[Json]:
         """Choices of a stream's chunks; `first` is the place of the piece's first token in the completion."""
-        raise NotImplementedError
 
+    @abstractmethod
     def choice(self, index: int, prompt: int, completion: CompletionOutput) -> Json:
         """A choice of a whole answer."""
-        raise NotImplementedError
 
     # --- offered
 
