@@ -10,176 +10,11 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from floors import FLOORS, JAX_PACKAGES, WITHOUT_JAX, WITHOUT_JAX_UNTIL_ASKED
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "ryzanstein_jax"
 MAX_LINES = 400
-
-#: Floor by floor, every file of the package. A file imports from lower floors and from earlier files of its own
-#: only. A name may be missing from the package, but a file of the package may not be missing here.
-FLOORS: tuple[tuple[str, ...], ...] = (
-    # 0: no JAX
-    ("errors", "cache", "communication", "config", "request", "plan", "metrics"),
-    # 1: pure JAX
-    (
-        "model",
-        "model.spec",
-        "model.sizes",
-        "model.config_fields",
-        "model.rope",
-        "model.families",
-        "budget",
-        "sharding",
-        "model.layers",
-        "model.params",
-        "kv_cache",
-        "attention",
-        "model.decoder",
-        "sampling",
-        "batch",
-        "memory",
-        "executables",
-        "program_table",
-        "step",
-    ),
-    # 2: weights
-    (
-        "checkpoint",
-        "checkpoint.source",
-        "checkpoint.safetensors",
-        "checkpoint.gguf_metadata",
-        "checkpoint.gguf",
-        "checkpoint.converted",
-        "checkpoint.gguf_config",
-        "checkpoint.gguf_tokenizer",
-        "checkpoint.names",
-        "checkpoint.layout",
-        "checkpoint.recipe",
-        "checkpoint.assemble",
-        "checkpoint.dummy",
-        "checkpoint.snapshot",
-        "checkpoint.snapshot_writer",
-        "checkpoint.default_model",
-        "checkpoint.files",
-    ),
-    # 3: engine
-    (
-        "engine",
-        "engine.report",
-        "engine.executor",
-        "engine.blocks",
-        "engine.sequence",
-        "engine.suspects",
-        "engine.plan_builder",
-        "engine.template_sandbox",
-        "engine.chat_template",
-        "engine.tokens",
-        "engine.scheduler",
-        "engine.outputs",
-        "engine.engine",
-        "engine.open",
-        "engine.runner",
-        "engine.process",
-        "engine.local",
-    ),
-    # 4: orchestration
-    (
-        "collectives",
-        "planner",
-        "orchestrator",
-        "orchestrator.events",
-        "orchestrator.run_folder",
-        "orchestrator.logs",
-        "orchestrator.output",
-        "orchestrator.devices",
-        "orchestrator.resources",
-        "orchestrator.telemetry",
-        "orchestrator.gpu_problems",
-        "orchestrator.gpu_watch",
-        "orchestrator.fault",
-        "orchestrator.frames",
-        "orchestrator.status",
-        "orchestrator.faults",
-        "orchestrator.coordinator",
-        "orchestrator.secret",
-        "orchestrator.slots",
-        "orchestrator.dial",
-        "orchestrator.runtime",
-        "orchestrator.worker",
-        "orchestrator.agent",
-        "orchestrator.cluster",
-        "orchestrator.join",
-        "orchestrator.worker_command",
-        "orchestrator.ray_hosts",
-        "orchestrator.listener",
-        "orchestrator.host",
-        "orchestrator.hosts",
-        "orchestrator.rank",
-        "orchestrator.process_group",
-        "orchestrator.group_manager",
-        "orchestrator.health",
-        "orchestrator.recovery",
-        "orchestrator.launch",
-        "orchestrator.states",
-        "orchestrator.owner",
-        "orchestrator.supervisor",
-        "orchestrator.orchestrator",
-    ),
-    # 5: surfaces. The package's own __init__ offers them by name, and so comes after them.
-    (
-        "progress",
-        "start",
-        "llm",
-        "async_llm",
-        "server",
-        "server.settings",
-        "server.problems",
-        "server.logs",
-        "server.schema",
-        "server.backend",
-        "server.admission",
-        "server.instruments",
-        "server.health",
-        "server.engine_metrics",
-        "server.encode",
-        "server.generation",
-        "server.service",
-        "server.logprobs",
-        "server.answers",
-        "server.jobs",
-        "server.http",
-        "server.gate",
-        "server.openapi",
-        "server.app",
-        "server.run",
-        "demo",
-        "cli",
-        "",
-        "__main__",
-    ),
-)
-
-#: What runs in the processes that may die. The coordinator, in the leader, takes the service from jaxlib, without JAX.
-RANK_FILES = tuple(f"orchestrator.{name}" for name in ("worker", "agent", "join", "cluster", "runtime", "faults"))
-
-#: These stay in a process that has to outlive every JAX process, so nothing that they reach may import JAX.
-WITHOUT_JAX = (
-    *FLOORS[0],
-    "model.spec",
-    "model.sizes",
-    "budget",
-    "model.config_fields",
-    "model.families",
-    "checkpoint.default_model",
-    "checkpoint.gguf_metadata",
-    "checkpoint.gguf_tokenizer",
-    *(name for name in FLOORS[3] if name not in ("engine.runner", "engine.process", "engine.local")),
-    *(name for name in FLOORS[4] if name not in RANK_FILES),
-    *(name for name in FLOORS[5] if name.partition(".")[0] == "server"),
-)
-#: `start` imports the executor that was asked for, and only then: importing these does not import JAX either.
-WITHOUT_JAX_UNTIL_ASKED = ("start", "llm", "async_llm", "cli")
-JAX_PACKAGES = {"jax", "jaxlib", "flax", "orbax", "optax", "chex"}
 
 #: The two lines that may leave a test out, and no others.
 LIVE_COMPARISON = ("tests/test_live_transformers.py:14", "tests/test_live_transformers.py:15")
@@ -204,7 +39,7 @@ def position(name: str) -> tuple[int, int]:
     for floor, names in enumerate(FLOORS):
         if name in names:
             return floor, names.index(name)
-    raise LookupError(f"{name or '__init__'} has no floor: declare it in FLOORS of tests/test_architecture.py")
+    raise LookupError(f"{name or '__init__'} has no floor: declare it in tests/floors.py")
 
 
 @cache

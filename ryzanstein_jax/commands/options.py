@@ -1,0 +1,45 @@
+"""Options that commands share, and what they make of them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from ryzanstein_jax.config import DTYPES, LOAD_FORMATS
+from ryzanstein_jax.llm import LLM
+from ryzanstein_jax.request import SamplingParams
+
+Model = Annotated[str, typer.Argument(help='Hugging Face id, folder, .gguf file, snapshot, or "smollm2".')]
+Width = Annotated[int, typer.Option("--tensor-parallel-size", "--tp", "-t", help="Devices to shard over.")]
+Dtype = Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")]
+Executor = Annotated[
+    str,
+    typer.Option(help='"local", or "processes": a worker process for each device, replaced when it dies.'),
+]
+Orchestrator = Annotated[
+    list[str] | None,
+    typer.Option("--orchestrator", "-O", help="NAME=VALUE of OrchestratorConfig. May be given more than once."),
+]
+LoadFormat = Annotated[str, typer.Option(help=f"One of {', '.join(LOAD_FORMATS)}.")]
+MaxLen = Annotated[int | None, typer.Option("--max-model-len", help="Longest prompt and completion, in tokens.")]
+MaxSeqs = Annotated[int | None, typer.Option("--max-num-seqs", help="Most sequences in a step.")]
+Fraction = Annotated[float | None, typer.Option("--memory-fraction", help="Share of each device's memory.")]
+MaxTokens = Annotated[int, typer.Option("--max-tokens", "-n", help="Longest completion, in tokens.")]
+Temperature = Annotated[float | None, typer.Option(help="0 is greedy; the model's own if not given.")]
+TopP = Annotated[float | None, typer.Option(help="Keep the tokens that reach this probability together.")]
+Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
+
+
+def engine_settings(tp: int, dtype: str, max_len: int | None, fraction: float | None, **more: Any) -> dict[str, Any]:
+    return {
+        "tensor_parallel_size": tp, "dtype": dtype, "max_model_len": max_len, "memory_fraction": fraction, **more,
+    }  # fmt: skip
+
+
+def chosen_params(llm: LLM, max_tokens: int, **chosen: Any) -> SamplingParams:
+    """The model's own advice, changed by what was given."""
+    advice = llm.get_default_sampling_params()
+    settings = {name: getattr(advice, name) for name in ("temperature", "top_p", "top_k", "min_p")}
+    settings |= {name: value for name, value in chosen.items() if value is not None}
+    return SamplingParams(max_tokens=max_tokens, **settings)
