@@ -41,6 +41,9 @@ class EngineConfig:
             folder, "" switches it off.
         weights_cache_gib: most disk space, in GiB of the user's cache folder, for copies of quantized weights as they
             are computed with, from which the next start loads faster; 0 keeps none.
+        profile_dir: folder for a JAX trace of some steps and a table of where their time went, one of each for each
+            process; None watches nothing. See `engine/profiled.py`.
+        profile_steps: how many steps are watched, after the first eight.
     """
 
     model: str
@@ -61,6 +64,8 @@ class EngineConfig:
     max_logit_bias: int = 300
     compilation_cache_dir: str | None = None
     weights_cache_gib: float = 16.0
+    profile_dir: str | None = None
+    profile_steps: int = 32
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, str | Path) or not str(self.model).strip():
@@ -79,6 +84,7 @@ class EngineConfig:
         _integer("seed", self.seed, 0, (1 << 63) - 1)
         _integer("max_logprobs", self.max_logprobs, 0, 1024)
         _integer("max_logit_bias", self.max_logit_bias, 0, 4096)
+        _integer("profile_steps", self.profile_steps, 1, 10000)
         room = self.weights_cache_gib
         if not isinstance(room, int | float) or isinstance(room, bool) or not 0 <= room < 1 << 20:
             raise ConfigError("weights_cache_gib", room, "use a number of GiB, or 0 for none")

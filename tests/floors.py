@@ -64,6 +64,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "engine.engine",
         "engine.open",
         "engine.runner",
+        "engine.profiled",
         "engine.process",
         "engine.local",
     ),
@@ -165,7 +166,7 @@ WITHOUT_JAX = (
     "checkpoint.default_model",
     "checkpoint.gguf_metadata",
     "checkpoint.gguf_tokenizer",
-    *(name for name in FLOORS[3] if name not in ("engine.runner", "engine.process", "engine.local")),
+    *(name for name in FLOORS[3] if name not in ("engine.runner", "engine.profiled", "engine.process", "engine.local")),
     *(name for name in FLOORS[4] if name not in RANK_FILES),
     *(name for name in FLOORS[5] if name.partition(".")[0] == "server"),
 )

@@ -19,12 +19,15 @@ from ryzanstein_jax.commands.options import (
     MaxTokens,
     Model,
     Orchestrator,
+    Profile,
+    ProfileSteps,
     Seed,
     Temperature,
     TopP,
     Width,
     chosen_params,
     engine_settings,
+    profile_settings,
 )
 from ryzanstein_jax.errors import ConfigError, RyzansteinError
 from ryzanstein_jax.llm import LLM
@@ -50,6 +53,8 @@ def generate(
     load_format: LoadFormat = "auto",
     executor: Executor = "local",
     orchestrator: Orchestrator = None,
+    profile: Profile = None,
+    profile_steps: ProfileSteps = 32,
 ) -> None:
     """Completes prompts, all in one batch, and prints the completions in order."""
     prompts = list(prompt or [])
@@ -61,6 +66,7 @@ def generate(
     # Programs are compiled for as many sequences as there can be.
     seqs = max_num_seqs or min(len(prompts), 32)
     settings = engine_settings(tp, dtype, max_model_len, memory_fraction, load_format=load_format, max_num_seqs=seqs)
+    settings |= profile_settings(profile, profile_steps)
     with LLM(model, executor=executor, orchestrator=parse_options(orchestrator), **settings) as llm:
         params = chosen_params(llm, max_tokens, temperature=temperature, top_p=top_p, seed=seed)
         for output in llm.generate(prompts, params):
@@ -75,6 +81,9 @@ def generate(
                 print(json.dumps(record))
             else:
                 print(f"{output.prompt}{completion.text}\n")
+    if profile is not None:
+        for table in sorted(profile.glob("rank-*/summary.txt")):
+            print(f"{table.parent}\n{table.read_text(encoding='utf-8')}", file=sys.stderr)
 
 
 def chat(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -28,6 +29,10 @@ Fraction = Annotated[float | None, typer.Option("--memory-fraction", help="Share
 MaxTokens = Annotated[int, typer.Option("--max-tokens", "-n", help="Longest completion, in tokens.")]
 Temperature = Annotated[float | None, typer.Option(help="0 is greedy; the model's own if not given.")]
 TopP = Annotated[float | None, typer.Option(help="Keep the tokens that reach this probability together.")]
+Profile = Annotated[
+    Path | None, typer.Option("--profile", help="Folder for a JAX trace of some steps and a table of their times.")
+]
+ProfileSteps = Annotated[int, typer.Option(help="Steps to watch, after the first eight.")]
 Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
 
 
@@ -35,6 +40,11 @@ def engine_settings(tp: int, dtype: str, max_len: int | None, fraction: float | 
     return {
         "tensor_parallel_size": tp, "dtype": dtype, "max_model_len": max_len, "memory_fraction": fraction, **more,
     }  # fmt: skip
+
+
+def profile_settings(folder: Path | None, steps: int) -> dict[str, Any]:
+    # Absolute, because a rank may run in another folder.
+    return {} if folder is None else {"profile_dir": str(folder.absolute()), "profile_steps": steps}
 
 
 def chosen_params(llm: LLM, max_tokens: int, **chosen: Any) -> SamplingParams:

@@ -17,8 +17,11 @@ from ryzanstein_jax.commands.options import (
     MaxSeqs,
     Model,
     Orchestrator,
+    Profile,
+    ProfileSteps,
     Width,
     engine_settings,
+    profile_settings,
 )
 from ryzanstein_jax.errors import ConfigError
 from ryzanstein_jax.start import make_config, parse_options
@@ -52,6 +55,8 @@ def serve(
     load_format: LoadFormat = "auto",
     executor: Executor = "local",
     orchestrator: Orchestrator = None,
+    profile: Profile = None,
+    profile_steps: ProfileSteps = 32,
 ) -> None:
     """Serves OpenAI's API. The first SIGTERM or Ctrl-C lets running requests finish, the second ends them."""
     try:
@@ -78,6 +83,7 @@ def serve(
     settings = engine_settings(tp, dtype, max_model_len, memory_fraction, load_format=load_format, tokenizer=tokenizer)
     sizes = {"max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens}
     settings |= {name: size for name, size in sizes.items() if size is not None}
+    settings |= profile_settings(profile, profile_steps)
     make_config(model, settings)  # refuses what is wrong before anything listens
     # A path says more about this machine than clients need to know.
     name = served_model_name or (Path(model).stem if Path(model).exists() else model)

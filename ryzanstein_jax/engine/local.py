@@ -24,6 +24,7 @@ from ryzanstein_jax.checkpoint.source import WeightSource
 from ryzanstein_jax.config import EngineConfig
 from ryzanstein_jax.engine.open import open_model, save_tokenizer
 from ryzanstein_jax.engine.process import prepare_process, settle_host_memory
+from ryzanstein_jax.engine.profiled import ProfiledRunner, profile_folder
 from ryzanstein_jax.engine.report import SetupReport
 from ryzanstein_jax.engine.runner import Runner
 from ryzanstein_jax.errors import ConfigError
@@ -79,6 +80,7 @@ class LocalExecutor:
         if not mesh.local_devices:
             remedy = f"process {jax.process_index()} has none of the first devices; start fewer processes, or widen"
             raise ConfigError("tensor_parallel_size", config.tensor_parallel_size, remedy)
+        profile = profile_folder(config.profile_dir) if config.profile_dir else None
         # Of a mesh over several processes this one sees and measures its own devices only.
         device = mesh.local_devices[0]
         self.metrics = Metrics()
@@ -135,7 +137,8 @@ class LocalExecutor:
         if device.platform == "cpu":
             settle_host_memory()
         self._programs = programs
-        self._runner = Runner(programs, loaded.params, max_model_len=max_model_len)
+        runner = Runner(programs, loaded.params, max_model_len=max_model_len)
+        self._runner = ProfiledRunner(runner, profile, config.profile_steps) if profile else runner
         self.limits = self._runner.limits
         self.report = SetupReport(
             device=f"{mesh.size} x {device.platform} ({device.device_kind})",
