@@ -91,7 +91,7 @@ class LLM:
         orchestrator: OrchestratorConfig | Mapping[str, Any] | None = None,
         **settings: Any,
     ):
-        self.config = make_config(model, settings)
+        self.config, self._progress = make_config(model, settings), progress
         self._opened, self._executor, self._engine = start_engine(self.config, progress, executor, orchestrator)
         self.report = self._executor.report
         self._lock = threading.RLock()
@@ -129,14 +129,14 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        use_tqdm: bool = True,
+        use_tqdm: bool | None = None,
     ) -> list[RequestOutput]:
         """Completes prompts, in one continuous batch.
 
         Args:
             prompts: one prompt or a list of them.
             sampling_params: for all prompts, or one for each; None takes the model's own defaults.
-            use_tqdm: show a progress bar. The name is vLLM's.
+            use_tqdm: show a progress bar; None as `progress` says. The name is vLLM's.
 
         Returns:
             One output per prompt, in order.
@@ -154,7 +154,7 @@ class LLM:
         messages: Messages | Sequence[Messages],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        use_tqdm: bool = True,
+        use_tqdm: bool | None = None,
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
@@ -237,9 +237,10 @@ class LLM:
             self._outputs[output.request_id] = output
 
     def _run(
-        self, requests: Sequence[tuple[str | None, list[int], SamplingParams]], use_tqdm: bool
+        self, requests: Sequence[tuple[str | None, list[int], SamplingParams]], use_tqdm: bool | None
     ) -> list[RequestOutput]:
-        with self._lock, progress_bars(use_tqdm and len(requests) > 1) as bars:
+        shown = self._progress if use_tqdm is None else use_tqdm
+        with self._lock, progress_bars(shown and len(requests) > 1) as bars:
             ids: list[str] = []
             try:
                 for request in requests:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -14,7 +15,10 @@ class ProgressBars:
 
     def __init__(self, enabled: bool):
         columns = (TextColumn("{task.description:>16}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        self._progress = Progress(*columns, console=Console(stderr=True), disable=not enabled, transient=True)
+        console = Console(stderr=True)
+        # Without ipywidgets a notebook would get a warning for each bar, and no bar.
+        possible = not console.is_jupyter or find_spec("ipywidgets") is not None
+        self._progress = Progress(*columns, console=console, disable=not (enabled and possible), transient=True)
         self._tasks: dict[str, TaskID] = {}
 
     def __call__(self, what: str, done: int, total: int) -> None:

@@ -1,7 +1,12 @@
 """The engine inside of Jupyter: a kernel's own event loop runs already, and the kernel ends cleanly."""
 
+from pathlib import Path
+
 import nbclient
 import nbformat
+import pytest
+
+NOTEBOOKS = sorted((Path(__file__).resolve().parent.parent / "notebooks").glob("*.ipynb"))
 
 CELLS = [
     """
@@ -34,3 +39,22 @@ def test_a_notebook_uses_the_engine_both_ways():
     )
     client.execute()
     assert notebook.cells[-1].outputs[-1]["text"] == "same tokens\n"
+
+
+def test_the_notebooks_are_there():
+    assert {"quickstart", "tensor_parallelism", "recovery"} <= {path.stem for path in NOTEBOOKS}
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_of_ours_runs_and_shows_what_it_did(path):
+    """With the real model; what it says about tokens it asserts itself. The outputs that are kept are a reader's."""
+    notebook = nbformat.read(path, 4)
+    kept = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert any("image/png" in output.get("data", {}) for output in kept), "a reader sees no picture"
+    assert path.stat().st_size < 200_000
+    resources = {"metadata": {"path": str(path.parent)}}
+    nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources=resources).execute()
+    shown = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert sum("image/png" in output.get("data", {}) for output in shown) == sum(
+        "image/png" in output.get("data", {}) for output in kept
+    )
