@@ -2,40 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import platform
-import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import psutil
 
-from bench.protocol import ROOT
+from ryzanstein_jax.machine import commit as commit
+from ryzanstein_jax.machine import describe_machine as describe_machine
+from ryzanstein_jax.machine import num_cores as num_cores
 
 _REPEATS = 5
-
-
-def describe_machine() -> dict[str, Any]:
-    """CPU model, cores that this process may use, memory, Python."""
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        model = names[0].partition(":")[2].strip() if names else model
-    return {
-        "cpu": model,
-        "cores": num_cores(),
-        "memory_gib": round(psutil.virtual_memory().total / (1 << 30), 1),
-        "load_average": round(os.getloadavg()[0], 2),
-    }
-
-
-def num_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def other_cpu_seconds() -> float:
@@ -44,19 +21,6 @@ def other_cpu_seconds() -> float:
     own = [psutil.Process(), *psutil.Process().children(recursive=True)]
     ours = sum(sum(process.cpu_times()[:2]) for process in own)
     return busy.user + busy.nice + busy.system + getattr(busy, "steal", 0.0) - ours
-
-
-def commit() -> str:
-    """The checkout's commit, with "+" where files differ from it; "" outside a checkout."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "--untracked-files=no")
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return ""
 
 
 def read_bandwidth(megabytes: int) -> float:

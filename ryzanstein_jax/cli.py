@@ -6,7 +6,9 @@ import sys
 
 import typer
 
+from ryzanstein_jax.commands.bench import bench
 from ryzanstein_jax.commands.demo import demo
+from ryzanstein_jax.commands.doctor import doctor
 from ryzanstein_jax.commands.generate import chat, generate
 from ryzanstein_jax.commands.models import info, snapshot
 from ryzanstein_jax.commands.serve import serve
@@ -19,8 +21,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="LLM inference in JAX on many devices.",
 )
-for command in (generate, chat, serve, snapshot, info, worker, demo):
+for command in (generate, chat, serve, snapshot, info, worker, doctor, demo):
     app.command()(command)
+app.add_typer(bench, name="bench")
 
 
 def main() -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from ryzanstein_jax.errors import ConfigError
+from ryzanstein_jax.nccl import GLOO_INTERFACE_VARIABLE, NcclConfig
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 CLUSTERS = ("ray",)
@@ -135,6 +138,10 @@ class OrchestratorConfig:
         local_devices: devices of this machine that take part. None is all GPUs; on a CPU as many as asked for, or
             none where `listen` is set.
         cluster: "ray" starts an agent on `num_hosts` nodes of a Ray cluster; None waits for those that others start.
+        nccl: how the ranks' GPUs communicate; a mapping of `NcclConfig`'s fields will do. What it leaves open, a
+            rank takes from its own machine's environment.
+        gloo_interface: network interface over which CPU ranks communicate, such as "eth0"; None takes
+            `RYZANSTEIN_GLOO_INTERFACE` of the rank's machine, or else the address of its host name.
     """
 
     timeout_sec: float = 1800.0
@@ -161,8 +168,11 @@ class OrchestratorConfig:
     num_hosts: int = 1
     local_devices: int | None = None
     cluster: str | None = None
+    nccl: NcclConfig = dataclasses.field(default_factory=NcclConfig)
+    gloo_interface: str | None = None
 
     def __post_init__(self) -> None:
+        self._check_communication()
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.name.endswith("_sec"):
@@ -181,6 +191,22 @@ class OrchestratorConfig:
         if self.heartbeat_timeout_sec < 3 * self.heartbeat_interval_sec:
             remedy = f"use at least three times heartbeat_interval_sec={self.heartbeat_interval_sec:g}"
             raise ConfigError("heartbeat_timeout_sec", self.heartbeat_timeout_sec, remedy)
+
+    def _check_communication(self) -> None:
+        if isinstance(self.nccl, Mapping):
+            object.__setattr__(self, "nccl", NcclConfig.of(self.nccl))
+        if not isinstance(self.nccl, NcclConfig):
+            raise ConfigError("nccl", self.nccl, "give an NcclConfig or a mapping of its fields")
+        interface = self.gloo_interface
+        if interface is not None and not (
+            isinstance(interface, str) and re.fullmatch(r"[A-Za-z0-9_.@-]{1,15}", interface)
+        ):
+            raise ConfigError("gloo_interface", interface, "use the name of a network interface, such as eth0")
+
+    def communication_environment(self) -> dict[str, str]:
+        """Variables of a rank's environment that say how it communicates."""
+        gloo = {} if self.gloo_interface is None else {GLOO_INTERFACE_VARIABLE: self.gloo_interface}
+        return self.nccl.environment() | gloo
 
     def _check_hosts(self) -> None:
         _integer("num_hosts", self.num_hosts, 0, 1024)

@@ -60,8 +60,8 @@ _IRRELEVANT = (
 #: Of this package, what no program can depend on; every other file counts as one that programs are made of.
 _NOT_IN_PROGRAMS = {
     "checkpoint", "engine", "orchestrator", "server", "__init__.py", "__main__.py", "async_llm.py", "cache.py",
-    "cli.py", "collectives.py", "communication.py", "config.py", "demo.py", "errors.py", "llm.py",
-    "metrics.py", "planner.py", "progress.py", "request.py", "start.py",
+    "cli.py", "collectives", "commands", "communication.py", "config.py", "demo.py", "doctor", "errors.py", "llm.py",
+    "machine.py", "metrics.py", "nccl.py", "planner.py", "progress.py", "request.py", "start.py",
 }  # fmt: skip
 
 

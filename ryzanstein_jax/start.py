@@ -10,6 +10,7 @@ from ryzanstein_jax.config import EngineConfig, OrchestratorConfig
 from ryzanstein_jax.engine.engine import Engine
 from ryzanstein_jax.engine.open import OpenModel, open_model
 from ryzanstein_jax.errors import ConfigError
+from ryzanstein_jax.nccl import NcclConfig
 from ryzanstein_jax.progress import ProgressBars, progress_bars, say
 
 if TYPE_CHECKING:
@@ -104,10 +105,16 @@ def parse_options(pairs: Sequence[str] | None) -> OrchestratorConfig | None:
         return None
     kinds = {field.name: str(field.type) for field in fields(OrchestratorConfig)}
     settings: dict[str, Any] = {}
+    nccl: dict[str, str] = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
-        if not equals or name not in kinds:
-            raise ConfigError("orchestrator", pair, f"write NAME=VALUE with one of {', '.join(sorted(kinds))}")
+        if equals and name.startswith("nccl."):
+            nccl[name.removeprefix("nccl.")] = value
+            continue
+        if not equals or name not in kinds or name == "nccl":
+            raise ConfigError(
+                "orchestrator", pair, f"write NAME=VALUE with one of {', '.join(sorted(kinds))}; nccl.NAME=VALUE"
+            )
         words = {"true": True, "false": False, "none": None}
         try:
             settings[name] = (
@@ -121,7 +128,7 @@ def parse_options(pairs: Sequence[str] | None) -> OrchestratorConfig | None:
             )
         except ValueError as error:
             raise ConfigError(f"orchestrator.{name}", value, f"use a value of type {kinds[name]}") from error
-    return OrchestratorConfig(**settings)
+    return OrchestratorConfig(**settings, nccl=NcclConfig.of(nccl))
 
 
 def as_orchestrator(executor: LocalExecutor | MultiGPUOrchestrator) -> MultiGPUOrchestrator | None:

@@ -4,7 +4,7 @@
 #: only. A name may be missing from the package, but a file of the package may not be missing here.
 FLOORS: tuple[tuple[str, ...], ...] = (
     # 0: no JAX
-    ("errors", "cache", "communication", "config", "request", "plan", "metrics"),
+    ("errors", "cache", "machine", "communication", "nccl", "config", "request", "plan", "metrics"),
     # 1: pure JAX
     (
         "model",
@@ -70,6 +70,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ),
     # 4: orchestration
     (
+        "collectives.settings",
+        "collectives.bandwidth",
         "collectives",
         "planner",
         "orchestrator",
@@ -110,6 +112,19 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "orchestrator.owner",
         "orchestrator.supervisor",
         "orchestrator.orchestrator",
+        "collectives.measure",
+        "collectives.rank",
+        "collectives.job",
+        "collectives.plot",
+        "doctor",
+        "doctor.finding",
+        "doctor.software",
+        "doctor.host",
+        "doctor.topology",
+        "doctor.gpus",
+        "doctor.probe",
+        "doctor.devices",
+        "doctor.examine",
     ),
     # 5: surfaces. The package's own __init__ offers them by name, and so comes after them.
     (
@@ -145,6 +160,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "commands.serve",
         "commands.models",
         "commands.worker",
+        "commands.doctor",
+        "commands.bench",
         "commands.demo",
         "cli",
         "",
@@ -153,7 +170,12 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 )
 
 #: What runs in the processes that may die. The coordinator, in the leader, takes the service from jaxlib, without JAX.
-RANK_FILES = tuple(f"orchestrator.{name}" for name in ("worker", "agent", "join", "cluster", "runtime", "faults"))
+RANK_FILES = (
+    *(f"orchestrator.{name}" for name in ("worker", "agent", "join", "cluster", "runtime", "faults")),
+    "collectives.measure",
+    "collectives.rank",
+    "doctor.probe",
+)
 
 #: These stay in a process that has to outlive every JAX process, so nothing that they reach may import JAX.
 WITHOUT_JAX = (

@@ -82,7 +82,7 @@ class ProcessGroupManager:
                     address=coordinator.address if coordinator else "",
                     hosted=coordinator.hosted if coordinator else False,
                     heartbeat_interval_sec=self._config.heartbeat_interval_sec,
-                    environment=environment or {},
+                    environment=self._config.communication_environment() | (environment or {}),
                     fault=os.environ.get(FAULT_VARIABLE, ""),
                     ticket="" if agent.is_local else new_ticket(),
                 )

@@ -25,6 +25,8 @@ Progress = Callable[[str, int, int], None]
 TICK = 0.05
 #: How long the cause of a fault gets to show itself, in seconds.
 _CAUSE_SECONDS = 0.3
+#: A rank tells of so many settings at most.
+_MOST_SETTINGS = 200
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,9 @@ class Launch:
         monitor: watches them already.
         options: the deadline.
         is_closing: asked all the time; ends the wait.
+
+    Attributes:
+        communication: of each rank that has joined, by its number: name, value and origin of what it communicates by.
     """
 
     def __init__(
@@ -66,6 +71,7 @@ class Launch:
         self._began = self._stage = time.monotonic()
         self._deadline = self._began + options.timeout_sec
         self._timeout = options.timeout_sec
+        self.communication: dict[str, list[list[str | None]]] = {}
 
     def join(self) -> list[DeviceReport]:
         """The devices of all ranks, in order, once all have joined.
@@ -81,7 +87,11 @@ class Launch:
                 if value["rank"] != rank or value["generation"] != self._group.generation:
                     raise FrameError("it greets as another rank")
                 devices += [DeviceReport.from_json(text) for text in value["devices"]]
-            except (KeyError, TypeError, RyzansteinError) as error:
+                self.communication[str(rank)] = [
+                    [None if part is None else str(part)[:300] for part in (name, setting, origin)]
+                    for name, setting, origin in value.get("communication", [])[:_MOST_SETTINGS]
+                ]
+            except (KeyError, TypeError, ValueError, RyzansteinError) as error:
                 raise GroupFault(Fault(FaultKind.START, f"it greets wrongly: {error}", (rank,))) from error
         return devices
 

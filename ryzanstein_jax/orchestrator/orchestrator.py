@@ -359,6 +359,7 @@ class MultiGPUOrchestrator:
             "faults": self.recovery.num_faults,
             "restarts": self.recovery.num_restarts,
             "failure": None if self._failure is None else str(self._failure),
+            "communication": supervisor.communication,
             "health": self.monitor.get_health_summary(),
             "gpus": supervisor.gpus(),
             "events": [vars_of(event) for event in self.events.list(last=100)],

@@ -3,9 +3,60 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
+from collections.abc import Mapping
 
+from ryzanstein_jax.collectives.settings import Setting, apply_nccl, settings_in_force
+from ryzanstein_jax.nccl import GLOO_INTERFACE_VARIABLE
 from ryzanstein_jax.orchestrator.coordinator import NEVER
+
+
+def prepare(slot: int, devices: int, local_index: int, local_count: int, given: Mapping[str, str]) -> list[Setting]:
+    """Makes the settings of a rank that has to stand before it has devices; says by what it will communicate.
+
+    Args:
+        slot: the device of this machine that it takes; -1 takes all.
+        devices: that it makes where they are CPU devices.
+        local_index, local_count: which of how many ranks of this machine it is.
+        given: variables of its environment that the config has set.
+    """
+    import jax
+
+    before = dict(os.environ)
+    if platform_is_cpu():
+        os.sched_setaffinity(0, share_of_processors(local_index, local_count))
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.config.update("jax_num_cpu_devices", devices)
+        apply_nccl(os.environ, several=False)
+        interface = os.environ.get(GLOO_INTERFACE_VARIABLE)
+        if interface:
+            _bind_gloo(interface)
+        return settings_in_force(before, given, backend="gloo" if slot >= 0 else "xla")
+    if slot >= 0:
+        jax.config.update("jax_cuda_visible_devices", str(slot))
+    apply_nccl(os.environ, several=slot < 0)
+    return settings_in_force(before, given, backend="nccl", several=slot < 0)
+
+
+def _bind_gloo(interface: str) -> None:
+    """Has Gloo listen on a network interface. JAX leaves it to the address of the host's name, and takes no other."""
+    from jaxlib import _jax
+
+    if hasattr(_jax, "make_gloo_tcp_collectives"):
+        _jax.make_gloo_tcp_collectives = functools.partial(_jax.make_gloo_tcp_collectives, interface=interface)
+
+
+def platform_is_cpu() -> bool:
+    """Whether the devices will be CPU devices; asked before JAX makes them."""
+    import importlib.util
+
+    wanted = os.environ.get("JAX_PLATFORMS", "")
+    if wanted:
+        return wanted.split(",")[0] == "cpu"
+    plugins = ("jax_cuda12_plugin", "jax_cuda13_plugin")
+    has_plugin = any(importlib.util.find_spec(name) is not None for name in plugins)
+    return not (has_plugin and os.path.exists("/dev/nvidiactl"))
 
 
 def join(address: str, rank: int, num_processes: int, *, hosted: bool) -> None:

@@ -72,6 +72,7 @@ class Supervisor:
         self.generation = self.width = 0
         self.slots: tuple[int, ...] = ()
         self.parts: dict[str, Any] = {}
+        self.communication: dict[str, list[list[str | None]]] = {}
 
     # --- from other threads
 
@@ -179,6 +180,7 @@ class Supervisor:
         self.monitor.watch(group)
         launch = Launch(group, self.monitor, self._options, self._closing.is_set)
         devices = launch.join()
+        self.communication = launch.communication
         if len(devices) != width:
             remedy = f"{len(devices)} devices were found"
             raise ConfigError("tensor_parallel_size", width, remedy)

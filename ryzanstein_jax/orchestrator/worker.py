@@ -65,12 +65,8 @@ class Worker:
         import jax
 
         spec = self._spec
-        if _platform_is_cpu():
-            os.sched_setaffinity(0, runtime.share_of_processors(spec.local_index, spec.local_count))
-            jax.config.update("jax_cpu_collectives_implementation", "gloo")
-            jax.config.update("jax_num_cpu_devices", 1 if spec.slot >= 0 else spec.width // spec.num_processes)
-        elif spec.slot >= 0:
-            jax.config.update("jax_cuda_visible_devices", str(spec.slot))
+        count = 1 if spec.slot >= 0 else spec.width // spec.num_processes
+        settings = runtime.prepare(spec.slot, count, spec.local_index, spec.local_count, spec.environment)
         if spec.num_processes > 1:
             runtime.join(spec.address, spec.rank, spec.num_processes, hosted=spec.hosted)
         before = runtime.threads()
@@ -85,6 +81,7 @@ class Worker:
                 "pid": os.getpid(),
                 "num_devices": len(jax.devices()),
                 "devices": [report.to_json() for report in reports],
+                "communication": [[setting.name, setting.value, setting.origin] for setting in settings],
             },
         )
 
@@ -260,15 +257,3 @@ def report_device(device: Any, index: int, rank: int) -> DeviceReport:
         host=os.uname().nodename,
         rank=rank,
     )
-
-
-def _platform_is_cpu() -> bool:
-    """Whether the devices will be CPU devices; asked before JAX makes them."""
-    import importlib.util
-
-    wanted = os.environ.get("JAX_PLATFORMS", "")
-    if wanted:
-        return wanted.split(",")[0] == "cpu"
-    plugins = ("jax_cuda12_plugin", "jax_cuda13_plugin")
-    has_plugin = any(importlib.util.find_spec(name) is not None for name in plugins)
-    return not (has_plugin and os.path.exists("/dev/nvidiactl"))
