@@ -193,7 +193,7 @@ class _Measurement:
                 part = found[:, columns].astype(np.float64)
                 if not np.allclose(part, state, rtol=tolerance, atol=0):
                     raise WrongSumError(
-                        f"{self._operation} of {self.bytes} bytes over {self._count} devices is wrong: result {repeats} "
+                        f"{self._operation} of {self.bytes} bytes on {self._count} devices is wrong: result {repeats} "
                         f"of device {device} begins {part.ravel()[:4]} where {state.ravel()[:4]} is right"
                     )
                 checked += part.size

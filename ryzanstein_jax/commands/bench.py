@@ -71,7 +71,7 @@ def collectives(
         timeout=timeout,
         given=options.communication_environment() if options else {},
     )
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     machine = describe_machine()  # how busy it is before this begins
 
     def tell(event: Mapping[str, Any]) -> None:
@@ -155,7 +155,7 @@ def _show(console: Console, result: Mapping[str, Any]) -> None:
     )
     if result["broadcast"] == "sum":
         console.print("broadcast: XLA has none here; it is an all-reduce in which all but one add zeros")
-    table = Table("collective", "bytes", "loop", "call", "call p99", "algorithm GB/s", "bus GB/s", "of the link")
+    table = Table("collective", "bytes", "loop", "call", "call p99", "algorithm GB/s", "bus GB/s", "of link", box=None)
     for point in result["points"]:
         bus = point["bus_bandwidth"] / 1e9
         table.add_row(

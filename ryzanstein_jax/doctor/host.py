@@ -8,6 +8,7 @@ import resource
 import shutil
 import socket
 import stat
+import tempfile
 import time
 from pathlib import Path
 
@@ -85,9 +86,14 @@ def check_caches(section: Section) -> None:
     folder = cache_dir()
     section.facts["folder"] = str(folder)
     existing = next(path for path in (folder, *folder.parents) if path.exists())
-    if not os.access(existing, os.W_OK | os.X_OK):
-        section.problem(f"{folder} cannot be written to", "set RYZANSTEIN_CACHE to a folder of yours")
-    elif not folder.exists():
+    try:
+        with tempfile.TemporaryFile(dir=existing) as file:  # tried, since rights alone do not tell: it may be read-only
+            file.write(b"x")
+    except OSError as error:
+        remedy = "set RYZANSTEIN_CACHE to a folder of yours"
+        section.problem(f"{folder} cannot be written to: {error.strerror or error}", remedy)
+        return
+    if not folder.exists():
         section.ok(f"{folder} does not exist yet")
     else:
         _check_folder(section, folder)
