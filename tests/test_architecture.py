@@ -135,7 +135,7 @@ def test_importing_them_does_not_import_jax() -> None:
 
 
 #: Imported by name at run time, and only if it is there: extras that bring it, for those who can use it.
-OPTIONAL = {"nvidia-ml-py": ("cuda12", "cuda13", "test")}
+OPTIONAL = {"nvidia-ml-py": ("cuda12", "cuda13", "test"), "matplotlib": ("bench", "test")}
 
 
 def test_every_optional_dependency_is_declared() -> None:

@@ -33,7 +33,7 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
             times.plot(sizes, fitted, linestyle=":", linewidth=1, color=line.get_color())
     if result.get("link_gb_per_s"):
         bandwidths.axhline(result["link_gb_per_s"], color="black", linewidth=1, linestyle="--", label="link")
-    for axes, label in ((times, "time of one in a loop, us (dotted: alpha + beta x bytes)"), (bandwidths, "bus, GB/s")):
+    for axes, label in ((times, "loop, us (dotted: fit)"), (bandwidths, "bus, GB/s")):
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_xlabel("bytes")
@@ -43,6 +43,6 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
     how = f"{result['processes']} processes" if result["processes"] > 1 else "one process"
     figure.suptitle(f"{result['devices']} devices ({result['device']}), {how}: {result['backend']}")
     try:
-        figure.savefig(path, dpi=80)
+        figure.savefig(path, dpi=70)
     except ValueError as error:
         raise ConfigError("plot", str(path), "use a name that ends in .png, .svg or .pdf") from error
