@@ -48,6 +48,8 @@ def run(order: dict[str, Any]) -> None:
     rank, processes = order["rank"], order["processes"]
     slot = rank if processes > 1 else -1
     settings = runtime.prepare(slot, order["devices"], rank, processes, order["given"])
+    if processes == 1 and not runtime.platform_is_cpu():  # the first of however many GPUs there are
+        jax.config.update("jax_cuda_visible_devices", ",".join(map(str, range(order["devices"]))))
     if processes > 1:
         runtime.join(order["address"], rank, processes, hosted=order["hosted"])
     before = runtime.threads()

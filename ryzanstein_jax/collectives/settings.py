@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ryzanstein_jax.nccl import DEFAULTS, GLOO_INTERFACE_VARIABLE, SEVERAL_DEFAULTS, VARIABLES, XLA_VARIABLE
 
 _MOST_FILE = 1 << 16  # bytes
+#: What is a secret is told as set, and no more: NCCL_PSK is the key of its encryption.
+_SECRET = re.compile("PSK|KEY|SECRET|TOKEN|PASSW")
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,12 @@ def settings_in_force(
             found.append(Setting(name, defaults[name], "default"))
         else:
             found.append(Setting(name, None, "absent"))
-    return found + _xla_settings(environ, given)
+    hidden = [replace(setting, value="***") if _is_secret(setting) else setting for setting in found]
+    return hidden + _xla_settings(environ, given)
+
+
+def _is_secret(setting: Setting) -> bool:
+    return setting.value is not None and _SECRET.search(setting.name) is not None
 
 
 def _gloo_settings(environ: Mapping[str, str], given: Mapping[str, str]) -> list[Setting]:

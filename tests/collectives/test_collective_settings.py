@@ -62,6 +62,11 @@ def test_flags_of_the_config_join_those_of_the_machine(tmp_path):
     assert found["xla_gpu_nccl_terminate_on_error"] == ("false", "config")
 
 
+def test_a_key_is_told_as_set_and_not_shown(tmp_path):
+    found = origins({"NCCL_PSK": "a key of thirty-two characters...."}, {}, tmp_path)
+    assert found["NCCL_PSK"] == ("***", "environment")
+
+
 def test_a_file_that_is_a_folder_or_huge_hurts_nobody(tmp_path):
     (tmp_path / "etc" / "nccl.conf").mkdir(parents=True)
     huge = tmp_path / "huge"

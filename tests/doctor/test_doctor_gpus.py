@@ -43,7 +43,7 @@ class Connected(FakeNvml):
 
 
 def switched(count, links=18, **more):
-    gpus = [FakeGpu(links={link: 1 for link in range(links)}) for _ in range(count)]
+    gpus = [FakeGpu(links=dict.fromkeys(range(links), 1)) for _ in range(count)]
     return Connected(*gpus, ends=[["switch"] * links] * count, **more)
 
 

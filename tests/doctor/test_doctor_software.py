@@ -48,7 +48,7 @@ def test_versions_that_do_not_belong_together(change, status, remedy):
 
 
 def test_a_newer_jax_than_tested_is_a_warning():
-    newer = {name: "0.14.0" for name in GOOD}
+    newer = dict.fromkeys(GOOD, "0.14.0")
     assert worst(look(software.check_jax, Place, versions=newer)) == WARNING
 
 

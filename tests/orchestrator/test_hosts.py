@@ -65,8 +65,9 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Machines, LL
     folder = tmp_path_factory.mktemp("hosts")
     with nothing_left_behind(), machines(folder) as made:
         made.start("a", "--reconnect")
-        made.start("b", "--reconnect", environment={"RYZANSTEIN_SECRET": SECRET})
-        llm = start(**made.options(restore_after_sec=0.1, log_dir=str(folder / "logs")))
+        made.start("b", "--reconnect", environment={"RYZANSTEIN_SECRET": SECRET, "RYZANSTEIN_GLOO_INTERFACE": "lo"})
+        nccl = {"terminate_on_error": True}
+        llm = start(**made.options(restore_after_sec=0.1, log_dir=str(folder / "logs"), nccl=nccl))
         try:
             yield made, llm
         finally:
@@ -83,6 +84,16 @@ def test_ranks_run_on_both_machines(two: tuple[Machines, LLM], expected: list[li
     assert all(len(tokens) == 40 for tokens in expected)
     assert [len(ranks_of(made.agents[name])) for name in ("a", "b")] == [1, 1]
     assert llm.orchestrator.status()["state"] == "ready"
+
+
+def test_each_rank_tells_what_it_communicates_by_and_where_that_is_from(
+    two: tuple[Machines, LLM], expected: list[list[int]]
+) -> None:
+    told = two[1].orchestrator.status()["communication"]
+    for rank, interface in (("0", [None, "absent"]), ("1", ["lo", "environment"])):
+        settings = {name: [value, origin] for name, value, origin in told[rank]}
+        assert settings["RYZANSTEIN_GLOO_INTERFACE"] == interface
+        assert settings["xla_gpu_nccl_terminate_on_error"] == ["true", "config"]
 
 
 def test_the_secret_is_shown_nowhere(two: tuple[Machines, LLM], expected: list[list[int]]) -> None:

@@ -78,6 +78,16 @@ def test_devices_come_in_the_order_of_ranks():
     assert [report.rank for report in launch(group).join()] == [0, 1]
 
 
+def test_what_ranks_communicate_by_is_kept_and_bounded():
+    settings = [["NCCL_DEBUG", "WARN", "default"], ["NCCL_ALGO", None, "absent"]]
+    first, second = hello(0, communication=settings), hello(1, communication=[["x" * 999, "y", "z"]] * 999)
+    made = launch(Group([(0, Kind.HELLO, first), (1, Kind.HELLO, second)]))
+    made.join()
+    assert made.communication["0"] == settings
+    assert len(made.communication["1"]) == 200
+    assert made.communication["1"][0] == ["x" * 300, "y", "z"]
+
+
 @pytest.mark.parametrize(
     "greeting",
     [
@@ -86,10 +96,13 @@ def test_devices_come_in_the_order_of_ranks():
         hello(1, devices=["{}"]),
         hello(1, devices=[3]),
         hello(1, devices=7),
+        hello(1, communication=[[1, 2]]),
+        hello(1, communication=3),
+        hello(1, communication={}),
         {"rank": 1},
         {},
     ],
-    ids=["rank", "generation", "device", "type", "list", "less", "nothing"],
+    ids=["rank", "generation", "device", "type", "list", "pairs", "number", "object", "less", "nothing"],
 )
 def test_who_greets_wrongly_is_a_fault(greeting):
     with pytest.raises(GroupFault, match="greets wrongly") as caught:
