@@ -41,7 +41,7 @@ def read_topology(nvml: Any) -> Topology:
 
     def ask(function: str, *arguments: Any) -> Any:
         call = getattr(nvml, function, None)
-        if call is None:
+        if call is None or None in arguments:  # a GPU that is lost has no handle
             return None
         try:
             return call(*arguments)
