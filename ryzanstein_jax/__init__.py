@@ -4,6 +4,7 @@ from ryzanstein_jax.async_llm import AsyncLLM
 from ryzanstein_jax.config import EngineConfig
 from ryzanstein_jax.llm import LLM, StreamChunk
 from ryzanstein_jax.request import CompletionOutput, Logprob, RequestOutput, SamplingParams
+from ryzanstein_jax.structured_outputs import StructuredOutputsParams
 
 __version__ = "0.1.0"
 
@@ -16,5 +17,6 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
     "StreamChunk",
+    "StructuredOutputsParams",
     "__version__",
 ]

@@ -115,6 +115,14 @@ class AsyncLLM:
         """What the model's `generation_config.json` recommends."""
         return default_sampling_params(self._opened)
 
+    def compile_grammar(self, params: SamplingParams) -> None:
+        """Compiles the grammar that the parameters ask for, which is then kept; may take a second.
+
+        Raises:
+            RequestError: it can't be compiled.
+        """
+        self._engine.compile_grammar(params)
+
     async def stream(
         self, prompt: Prompt | Messages, sampling_params: SamplingParams | None = None, *, priority: int = 0
     ) -> AsyncIterator[StreamChunk]:
@@ -129,11 +137,12 @@ class AsyncLLM:
         params = sampling_params or self.get_default_sampling_params()
         # Tokenizing and templates take their time: not on the event loop.
         text, ids = await asyncio.to_thread(encode_input, prompt, self.tokenizer)
+        grammar = await asyncio.to_thread(self._engine.compile_grammar, params) if params.structured_outputs else None
         request_id, listener = str(next(self._ids)), _Listener()
 
         def add() -> None:
             try:
-                self._engine.add(request_id, ids, params, prompt=text, priority=priority)
+                self._engine.add(request_id, ids, params, prompt=text, priority=priority, grammar=grammar)
                 self._listeners[request_id] = listener
             except Exception as error:  # noqa: BLE001 - the caller gets it, whatever it is
                 listener.put(error)

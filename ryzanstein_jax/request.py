@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 
 from ryzanstein_jax.errors import RequestError
+from ryzanstein_jax.structured_outputs import StructuredOutputsParams
 
 MAX_N = 128
 MAX_STOPS = 64
@@ -40,6 +41,7 @@ class SamplingParams:
         prompt_logprobs: the same for each token of the prompt.
         skip_special_tokens: leave special tokens out of the text.
         detokenize: False returns token ids only.
+        structured_outputs: a form that the completion must have, such as a JSON schema; it ends when that is complete.
     """
 
     n: int = 1
@@ -62,6 +64,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
     detokenize: bool = True
+    structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
         set_ = object.__setattr__
@@ -107,6 +110,9 @@ class SamplingParams:
         for token, bias in self.logit_bias.items():
             _whole("logit_bias", token, 0, 1 << 31)
             _number("logit_bias", bias, -100.0, 100.0)
+        form = self.structured_outputs
+        if form is not None and not isinstance(form, StructuredOutputsParams):
+            raise RequestError("structured_outputs", form, "use StructuredOutputsParams")
 
     @property
     def greedy(self) -> bool:

@@ -4,7 +4,7 @@
 #: only. A name may be missing from the package, but a file of the package may not be missing here.
 FLOORS: tuple[tuple[str, ...], ...] = (
     # 0: no JAX
-    ("errors", "cache", "machine", "communication", "nccl", "config", "request", "plan", "metrics"),
+    ("errors", "cache", "machine", "communication", "nccl", "config", "structured_outputs", "request", "plan", "metrics"),
     # 1: pure JAX
     (
         "model",
@@ -53,12 +53,13 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "engine.report",
         "engine.executor",
         "engine.blocks",
-        "engine.sequence",
-        "engine.suspects",
-        "engine.plan_builder",
         "engine.template_sandbox",
         "engine.chat_template",
         "engine.tokens",
+        "engine.grammar",
+        "engine.sequence",
+        "engine.suspects",
+        "engine.plan_builder",
         "engine.scheduler",
         "engine.outputs",
         "engine.engine",

@@ -10,6 +10,7 @@ import numpy as np
 
 from ryzanstein_jax.config import EngineConfig
 from ryzanstein_jax.engine.executor import Executor, RestartableExecutor
+from ryzanstein_jax.engine.grammar import Grammar, Grammars
 from ryzanstein_jax.engine.outputs import RequestState
 from ryzanstein_jax.engine.scheduler import Scheduler, SchedulerStats
 from ryzanstein_jax.engine.sequence import Sequence as EngineSequence
@@ -51,6 +52,7 @@ class Engine:
         self._limits = executor.limits
         self._eos_token_ids = tuple(token for token in eos_token_ids if 0 <= token < self._limits.vocab_size)
         self._scheduler = Scheduler(executor.limits, enable_prefix_caching=config.enable_prefix_caching)
+        self._grammars = Grammars(tokenizer, self._limits.vocab_size, self._eos_token_ids) if tokenizer else None
         self._requests: dict[str, RequestState] = {}
         self._changed: dict[str, RequestOutput] = {}
         self._num_added = self._num_seeds_drawn = 0
@@ -69,8 +71,12 @@ class Engine:
         *,
         prompt: str | None = None,
         priority: int = 0,
+        grammar: Grammar | None = None,
     ) -> None:
         """Queues a request. Those with a lower `priority` run first, then those that came first.
+
+        Args:
+            grammar: what `compile_grammar` made of the parameters, where it was called before.
 
         Raises:
             RequestError: the request is invalid, or can never run; nothing was changed.
@@ -82,6 +88,7 @@ class Engine:
         if self._gave_up is not None:
             raise self._gave_up.with_traceback(None)  # it would grow with each request that is turned away
         tokens = self._validate(request_id, prompt_token_ids, params, priority)
+        grammar = grammar or self.compile_grammar(params)
         seed = params.seed
         if seed is None:
             seed = drawn_seed(self._config.seed, self._num_seeds_drawn)
@@ -95,6 +102,7 @@ class Engine:
                 index=index,
                 order=(priority, self._num_added, index),
                 eos_token_ids=self._eos_token_ids,
+                matcher=None if grammar is None else grammar.matcher(),
             )
             for index in range(params.n)
         ]
@@ -103,6 +111,18 @@ class Engine:
         for sequence in sequences:
             self._scheduler.add(sequence)
         self._requests[request_id] = state
+
+    def compile_grammar(self, params: SamplingParams) -> Grammar | None:
+        """The grammar that the parameters ask for, if they do. Any thread may call this, and it may take a second.
+
+        Raises:
+            RequestError: it can't be compiled, or there is no tokenizer.
+        """
+        if params.structured_outputs is None:
+            return None
+        if self._grammars is None:
+            raise RequestError("structured_outputs", "a grammar", "this engine has no tokenizer: leave it out")
+        return self._grammars.compile(params.structured_outputs)
 
     def abort(self, request_id: str) -> bool:
         """Ends a request with finish reason "abort"; the next `step` returns its output.

@@ -88,7 +88,7 @@ class RequestState:
         if not self._detokenizers:
             return None
         hides_end = self.params.skip_special_tokens and not self.params.include_stop_str_in_output
-        if sequence.finish_reason == "stop" and hides_end:
+        if sequence.finish_reason == "stop" and token in sequence.stop_token_ids and hides_end:
             return None  # the token that ended it is no text, even where the tokenizer doesn't call it special
         detokenizer = self._detokenizers[sequence.index]
         may_stop = len(completion.token_ids) > self.params.min_tokens

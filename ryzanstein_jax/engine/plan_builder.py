@@ -81,6 +81,7 @@ class PlanBuilder:
         self._tables = np.zeros((limits.max_num_seqs, limits.max_pages_per_seq), np.int32)
         self._settings = np.repeat(_SCORING_ROW, limits.max_num_seqs + 1)  # the last one stays a scoring row
         self._scoring_slot = limits.max_num_seqs
+        self._mask_words = -(-limits.vocab_size // 32)
         self._free_slots = list(range(limits.max_num_seqs - 1, -1, -1))
 
     @property
@@ -164,6 +165,7 @@ class PlanBuilder:
         rows["target"] = row_targets
         width = max(len(sequence.pages) for sequence in everyone)
         bias = _bias(meaning.sampled, row_positions)
+        mask = _mask(meaning.sampled, row_positions, self._mask_words)
         plan = StepPlan(
             step=step,
             num_decodes=count,
@@ -175,6 +177,7 @@ class PlanBuilder:
             full=bool(meaning.scored) or len(bias) > 0 or any(s.uses_full_sampler for _, s in meaning.sampled),
             num_logprobs=wanted,
             bias=bias,
+            mask=mask,
         )
         return plan, meaning
 
@@ -185,6 +188,19 @@ def _bias(sampled: list[tuple[int, Sequence]], row_positions: list[int]) -> np.n
     for row, sequence in sampled:
         if sequence.params.logit_bias:
             entries += [(row, token, value) for token, value in sequence.params.logit_bias.items()]
-        if sequence.banned_until_min and sequence.bans_stops_at(row_positions[row]):
+        # A mask does that too, and knows when a grammar allows nothing but the end.
+        if sequence.matcher is None and sequence.banned_until_min and sequence.bans_stops_at(row_positions[row]):
             entries += [(row, token, -np.inf) for token in sequence.banned_until_min]
     return np.array(entries, BIAS)
+
+
+def _mask(sampled: list[tuple[int, Sequence]], row_positions: list[int], words: int) -> np.ndarray:
+    """uint32 [R, words]: the tokens that grammars allow, and all in other rows; [0, 0] where there is no grammar."""
+    if all(sequence.matcher is None for _, sequence in sampled):
+        return np.zeros((0, 0), np.uint32)
+    mask = np.full((len(row_positions), words), 0xFFFFFFFF, np.uint32)
+    for row, sequence in sampled:
+        if sequence.matcher is not None:
+            too_early = sequence.banned_until_min if sequence.bans_stops_at(row_positions[row]) else ()
+            mask[row] = sequence.matcher.mask(too_early)[:words]  # a tokenizer may have tokens that its model has not
+    return mask

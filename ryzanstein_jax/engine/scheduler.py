@@ -240,7 +240,9 @@ class Scheduler:
         for sequence in self.running.copy():
             if alone is not None and sequence is not alone:
                 continue
-            if sequence.num_tokens - sequence.num_computed != 1 or not sequence.may_sample or not sequence.is_running:
+            if sequence.num_remaining != 1 or not sequence.may_sample or not sequence.is_running:
+                continue
+            if sequence.awaits_token:
                 continue
             if sequence.num_computed >= len(sequence.pages) * page_size and not self._grow(sequence):
                 continue
@@ -349,21 +351,19 @@ class Scheduler:
 
     def _append(self, sequence: Sequence, token: int) -> None:
         """Takes a token of a sequence, which may end it."""
-        if not 0 <= token < self.limits.vocab_size:
-            sequence.error = SampledTokenError(
-                f"token {token} was sampled, of a vocabulary of {self.limits.vocab_size}"
-            )
+        try:
+            if not 0 <= token < self.limits.vocab_size:
+                raise SampledTokenError(f"token {token} was sampled, of a vocabulary of {self.limits.vocab_size}")
+            end = sequence.append(token)
+        except (SampledTokenError, RequestError) as error:
+            sequence.error = error
             self.finish(sequence, "error")
             return
-        token_ids = sequence.token_ids
-        token_ids.append(token)
         self._suspects.clear_if_past(sequence)
         if sequence.is_running:
             self._register(sequence)
-        if token in sequence.stop_token_ids and not sequence.bans_stops_at(len(token_ids) - 1):
-            self.finish(sequence, "stop", None if token in sequence.eos_token_ids else token)
-        elif len(token_ids) >= sequence.max_length:
-            self.finish(sequence, "length")
+        if end is not None:
+            self.finish(sequence, *end)
 
     def _register(self, sequence: Sequence) -> None:
         """Makes pages findable whose tokens are all known and handed to the device."""

@@ -16,6 +16,7 @@ import hashlib
 
 import numpy as np
 
+from ryzanstein_jax.engine.grammar import Matcher
 from ryzanstein_jax.request import SamplingParams
 
 _WORD = 0xFFFFFFFF
@@ -32,6 +33,8 @@ class Sequence:
         pending_row, pending_step: row and step that sample its last token; -1 where it is known.
         num_scored: prompt positions whose log-probability was asked of the device; `num_scored_known` of them
             came back. Only used with `wants_prompt_logprobs`.
+        matcher: where it stands in the grammar that it must follow, which has taken all known tokens of the completion;
+            None where it may write anything.
         pages: its pages in order; empty unless running.
         page_keys: keys of its full pages, as far as they were needed yet.
         num_registered: how many of its pages were offered to the prefix cache.
@@ -47,6 +50,7 @@ class Sequence:
         "index",
         "innocent_from",
         "key",
+        "matcher",
         "max_length",
         "num_cached",
         "num_computed",
@@ -82,8 +86,10 @@ class Sequence:
         index: int = 0,
         order: tuple[int, int, int] = (0, 0, 0),
         eos_token_ids: tuple[int, ...] = (),
+        matcher: Matcher | None = None,
     ):
         self.request_id, self.index, self.params, self.order, self.key = request_id, index, params, order, key
+        self.matcher = matcher
         self.token_ids = list(prompt_token_ids)
         self.prompt_len = len(prompt_token_ids)
         # The prompt is the same for all of a request's completions: the first one scores it.
@@ -99,6 +105,7 @@ class Sequence:
             or params.frequency_penalty
             or params.logit_bias
             or params.logprobs is not None
+            or matcher is not None
         )
         self.max_length = 0
         self.num_cached = self.num_computed = 0
@@ -135,6 +142,26 @@ class Sequence:
     def scores_prompt(self) -> bool:
         """Whether prompt positions still wait for their log-probability."""
         return self.wants_prompt_logprobs and self.num_scored < self.prompt_len
+
+    @property
+    def awaits_token(self) -> bool:
+        """Whether it can't go on before its last token is known: the next one's mask depends on it."""
+        return self.matcher is not None and self.pending_row >= 0
+
+    def append(self, token: int) -> tuple[str, int | None] | None:
+        """Takes its next token; returns how that ends it, as (finish reason, stop reason).
+
+        Raises:
+            RequestError: its grammar does not allow the token, which is then not taken.
+        """
+        if self.matcher is not None:
+            self.matcher.accept(token)
+        self.token_ids.append(token)
+        if token in self.stop_token_ids and not self.bans_stops_at(len(self.token_ids) - 1):
+            return "stop", None if token in self.eos_token_ids else token
+        if self.matcher is not None and self.matcher.ended:
+            return "stop", None
+        return ("length", None) if len(self.token_ids) >= self.max_length else None
 
     def bans_stops_at(self, position: int) -> bool:
         """Whether `min_tokens` forbids to end with the token at this position."""

@@ -24,8 +24,8 @@ def letter_tokenizer() -> Tokenizer:
     """Token 0 is "a", 1 is "b" and so on; 39 is the special "</s>"."""
     vocabulary = {letter: index for index, letter in enumerate(LETTERS)}
     vocabulary |= {f"<{index}>": index for index in range(26, 39)} | {"</s>": EOS}
-    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<26>"))
-    backend.decoder = tokenizers.decoders.Fuse()
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [], unk_token="<26>"))
+    backend.decoder = tokenizers.decoders.Sequence([tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()])
     backend.add_special_tokens(["</s>"])
     return Tokenizer(backend, eos_token="</s>")
 

@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterable, Sequence
 import numpy as np
 
 from ryzanstein_jax.engine.executor import ExecutorLimits
+from ryzanstein_jax.engine.grammar import Matcher
 from ryzanstein_jax.plan import StepPlan, StepResult
 from ryzanstein_jax.request import SamplingParams
 
@@ -47,6 +48,11 @@ def sample(
     return token
 
 
+def forbidden(mask: np.ndarray, vocab: int) -> set[int]:
+    """Tokens whose bits are not set."""
+    return {token for token in range(vocab) if not int(mask[token // 32]) >> token % 32 & 1}
+
+
 def logprob(tokens: Sequence[int], token: int) -> float:
     return float(np.float32(-(digest("logprob", list(tokens), int(token)) % 10_000) / 1000))
 
@@ -77,6 +83,7 @@ def reference(
     eos: Collection[int] = (),
     vocab: int = 40,
     max_length: int = 64,
+    matcher: Matcher | None = None,
 ) -> tuple[list[int], str, int | None]:
     """Completion, finish reason and stop reason of one sequence that runs alone."""
     key, tokens, settings = list(key), list(prompt), settings_of(params, len(prompt))
@@ -85,11 +92,16 @@ def reference(
     longest = min(max_length, len(prompt) + (params.max_tokens or max_length))
     while True:
         young = len(tokens) - len(prompt) < params.min_tokens
-        token = sample(tokens, vocab, key, settings, stops if young else ())
+        banned = (stops if young else set()) if matcher is None else forbidden(matcher.mask(stops if young else ()), vocab)
+        token = sample(tokens, vocab, key, settings, banned)
         tokens.append(token)
         completion = tokens[len(prompt) :]
-        if token in stops:
+        if token in stops and not young:
             return completion, "stop", None if token in eos else token
+        if matcher is not None:
+            matcher.accept(token)
+            if matcher.ended:
+                return completion, "stop", None
         if len(tokens) >= longest:
             return completion, "length", None
 
@@ -142,7 +154,9 @@ class FakeExecutor:
         assert plan.page_tables.shape[1] <= limits.max_pages_per_seq
         assert plan.page_tables.min() >= 0
         assert plan.page_tables.max() < limits.num_pages
-        assert plan.full or not (len(plan.bias) or plan.num_logprobs >= 0 or (plan.rows["target"] >= 0).any())
+        needs_full = len(plan.bias) or plan.num_logprobs >= 0 or (plan.rows["target"] >= 0).any() or len(plan.mask)
+        assert plan.full or not needs_full
+        assert plan.mask.shape in ((0, 0), (len(plan.rows), -(-limits.vocab_size // 32)))
         starts = np.cumsum(plan.query_lens) - plan.query_lens
         assert (starts[plan.rows["seq"]] <= plan.rows["token"]).all()
         assert (plan.rows["token"] < (starts + plan.query_lens)[plan.rows["seq"]]).all()
@@ -187,6 +201,8 @@ class FakeExecutor:
             context = seen[:, 0].tolist()
             settings = [row[name] for name in row.dtype.names[4:-1]]
             banned = {int(b["token"]) for b in plan.bias if b["row"] == number and b["value"] == -np.inf}
+            if len(plan.mask):
+                banned |= forbidden(plan.mask[number], self.limits.vocab_size)
             target = int(row["target"])
             chosen = target if target >= 0 else self.choose(context, row["key"], settings, banned)
             sampled.append(chosen)

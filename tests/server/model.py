@@ -23,7 +23,7 @@ def save_tokenizer(folder: Path) -> None:
     """Writes a tokenizer that fits the golden models."""
     words = ["<pad>", "<s>", "</s>", "<unk>", *CHARACTERS]
     backend = tokenizers.Tokenizer(models.BPE({word: index for index, word in enumerate(words)}, [], unk_token="<unk>"))
-    backend.decoder = decoders.Fuse()
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     backend.add_special_tokens([AddedToken(word, normalized=False, special=True) for word in words[:4]])
     folder.mkdir(parents=True, exist_ok=True)
     backend.save(str(folder / "tokenizer.json"))
