@@ -171,7 +171,10 @@ class LLM:
         requests = []
         for conversation, params in zip(conversations, each, strict=True):
             ids = self._need_tokenizer().encode_chat(
-                conversation, add_generation_prompt=add_generation_prompt, tools=tools, **(chat_template_kwargs or {})
+                conversation,
+                add_generation_prompt=add_generation_prompt,
+                tools=tools,
+                variables=chat_template_kwargs,
             )
             requests.append((None, ids, params))
         return self._run(requests, use_tqdm)

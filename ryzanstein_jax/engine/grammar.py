@@ -36,7 +36,7 @@ _LIMITS = LLParserLimits(
     verbose_errors=False,
 )
 #: Not without end: a model that is lost in line ends would go on to its limit.
-_WHITESPACE = r"[\x20\x0A\x0D\x09]{1,40}"
+WHITESPACE = r"[\x20\x0A\x0D\x09]{1,40}"
 
 
 class Matcher:
@@ -162,9 +162,11 @@ def _converted(wanted: StructuredOutputsParams) -> str:
         # One terminal: as alternatives of a rule, many choices would reach a bound of the parser.
         texts = " | ".join(json.dumps(text, ensure_ascii=False) for text in wanted.choice)
         return LLMatcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {texts}")
-    options = {"whitespace_flexible": False} if wanted.disable_any_whitespace else {"whitespace_pattern": _WHITESPACE}
-    schema = wanted.json if wanted.json is not None else '{"type": "object"}'
-    return LLMatcher.grammar_from_json_schema(schema, overrides=options)
+    schema = str(wanted.json) if wanted.json is not None else '{"type": "object"}'
+    compact = wanted.disable_any_whitespace
+    return LLMatcher.grammar_from_json_schema(
+        schema, overrides={"whitespace_flexible": False} if compact else {"whitespace_pattern": WHITESPACE}
+    )
 
 
 def _try_out(matcher: LLMatcher) -> None:

@@ -135,6 +135,12 @@ class Tokenizer:
         template = self._template(tools=False)
         return None if template is None else template.source
 
+    @property
+    def tool_template(self) -> str | None:
+        """The text of the template that is taken when tools are given, if it reads them."""
+        template = self._template(tools=True)
+        return template.source if template is not None and "tools" in template.variables else None
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of the text; `add_special_tokens` adds what the model wants around it, such as BOS.
 
@@ -175,9 +181,9 @@ class Tokenizer:
         *,
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
-        **kwargs: Any,
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
-        """The prompt for a conversation, as text. `kwargs` are further variables that the template reads.
+        """The prompt for a conversation, as text. `variables` are further ones that the template reads.
 
         Raises:
             RequestError: malformed messages, a variable that the template does not read, or messages it refuses.
@@ -190,7 +196,7 @@ class Tokenizer:
             tools=tools,
             add_generation_prompt=add_generation_prompt,
             special_tokens=self.special_tokens,
-            variables=kwargs,
+            variables=variables,
         )
 
     def encode_chat(
@@ -199,10 +205,12 @@ class Tokenizer:
         *,
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
-        **kwargs: Any,
+        variables: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """Token ids of a conversation. The template writes BOS where the model wants one, so none is added."""
-        text = self.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, tools=tools, **kwargs)
+        text = self.apply_chat_template(
+            messages, add_generation_prompt=add_generation_prompt, tools=tools, variables=variables
+        )
         return self.encode(text, add_special_tokens=False)
 
     def _template(self, *, tools: bool) -> ChatTemplate | None:

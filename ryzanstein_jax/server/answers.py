@@ -14,6 +14,8 @@ from ryzanstein_jax.server.encode import Prompt
 from ryzanstein_jax.server.generation import Piece
 from ryzanstein_jax.server.logprobs import CompletionLogprobs, chat_logprobs
 from ryzanstein_jax.server.schema import ChatRequest, CompletionRequest, Sampling
+from ryzanstein_jax.server.tool_calls import CallParser, CallPart
+from ryzanstein_jax.server.tool_use import tool_use
 
 Json = dict[str, Any]
 
@@ -197,24 +199,49 @@ class ChatAnswer(Answer):
         super().__init__(request, *rest, **named)
         self._top = (request.top_logprobs or 0) if request.logprobs else None
         self._begun: set[int] = set()
+        self._use = tool_use(request, self.tokenizer)
+        self._parsers: dict[int, CallParser] = {}
 
     def events_of(self, index: int, piece: Piece, completion: CompletionOutput, first: int) -> Iterator[Json]:
         chunk = piece.chunk
         if index not in self._begun:
             self._begun.add(index)
             yield self._delta(index, {"role": "assistant", "content": ""})
+        deltas: list[Json] = [{"content": chunk.text}]
+        reason = chunk.finish_reason
+        if self._use is not None:
+            parser = self._parsers.setdefault(index, self._use.parser(self.tokenizer))
+            deltas = [_delta_of(part) for part in parser.feed(chunk.text)]
+            if reason is not None:
+                deltas += [_delta_of(part) for part in parser.finish()]
+                reason = _reason(reason, parser)
+            deltas = deltas or [{"content": ""}]
         if chunk.text or chunk.token_ids:
+            # What belongs to the tokens comes once, with the first delta of their text.
             logprobs = self._of_tokens(completion, first, first + len(chunk.token_ids))
-            yield {**self._delta(index, {"content": chunk.text}, logprobs), **self._tokens(chunk.token_ids)}
-        if chunk.finish_reason is not None:
-            yield {**self._delta(index, {}), "finish_reason": chunk.finish_reason}
+            yield {**self._delta(index, deltas.pop(0), logprobs), **self._tokens(chunk.token_ids)}
+        for delta in deltas:
+            if any(delta.values()):
+                yield self._delta(index, delta)
+        if reason is not None:
+            yield {**self._delta(index, {}), "finish_reason": reason}
 
     def choice(self, index: int, prompt: int, completion: CompletionOutput) -> Json:
+        message: Json = {"role": "assistant", "content": completion.text, "refusal": None}
+        reason = completion.finish_reason
+        if self._use is not None:
+            parser = self._use.parser(self.tokenizer)
+            parts = [*parser.feed(completion.text), *parser.finish()]
+            text = "".join(part for part in parts if isinstance(part, str))
+            reason = _reason(reason, parser)
+            message["content"] = text or (None if parser.num_calls else "")
+            if parser.num_calls:
+                message["tool_calls"] = _calls_of(parts)
         return {
             "index": index,
-            "message": {"role": "assistant", "content": completion.text, "refusal": None},
+            "message": message,
             "logprobs": self._of_tokens(completion, 0, len(completion.token_ids)),
-            "finish_reason": completion.finish_reason,
+            "finish_reason": reason,
             **self._tokens(completion.token_ids),
         }
 
@@ -225,3 +252,30 @@ class ChatAnswer(Answer):
         if self._top is None or completion.logprobs is None:
             return None
         return chat_logprobs(self.tokenizer, completion.token_ids[first:end], completion.logprobs[first:end], self._top)
+
+
+def _reason(reason: str | None, parser: CallParser) -> str | None:
+    return "tool_calls" if reason == "stop" and parser.num_calls else reason
+
+
+def _delta_of(part: str | CallPart) -> Json:
+    if isinstance(part, str):
+        return {"content": part}
+    call: Json = {"index": part.index, "function": {"arguments": part.arguments}}
+    if part.id is not None:
+        call = {
+            "index": part.index, "id": part.id, "type": "function",
+            "function": {"name": part.name, "arguments": part.arguments},
+        }  # fmt: skip
+    return {"tool_calls": [call]}
+
+
+def _calls_of(parts: Sequence[str | CallPart]) -> list[Json]:
+    calls: list[Json] = []
+    for part in parts:
+        if isinstance(part, str):
+            continue
+        if part.id is not None:
+            calls.append({"id": part.id, "type": "function", "function": {"name": part.name, "arguments": ""}})
+        calls[part.index]["function"]["arguments"] += part.arguments
+    return calls

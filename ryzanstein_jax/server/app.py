@@ -65,7 +65,8 @@ class _Routes:
         asked = await self._read(ChatRequest, request)
         self._service.check_model(asked.model)
         advice = self._service.backend.get_default_sampling_params()
-        return await self._answer(request, asked, chat_job(asked, self._config, advice), ChatAnswer)
+        job = chat_job(asked, self._config, advice, self._service.encoder.tokenizer)
+        return await self._answer(request, asked, job, ChatAnswer)
 
     async def _answer(self, request: Request, asked: Sampling, job: Job, kind: type[Answer]) -> Response | EventStream:
         def begin(generation: Generation) -> Answer:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,9 +11,6 @@ from typing import Any
 from ryzanstein_jax.engine.tokens import Tokenizer
 from ryzanstein_jax.errors import RequestError
 from ryzanstein_jax.server.problems import ApiError
-
-#: What the server fills in itself, or Python does: a request may not.
-_RESERVED = frozenset({"messages", "tools", "add_generation_prompt", "self"})
 
 
 @dataclass(frozen=True)
@@ -23,6 +20,7 @@ class Conversation:
     messages: Sequence[Mapping[str, Any]]
     add_generation_prompt: bool = True
     variables: Mapping[str, Any] = field(default_factory=dict)
+    tools: Sequence[Mapping[str, Any]] | None = None
 
 
 @dataclass(frozen=True)
@@ -72,6 +70,10 @@ class Encoder:
 
         return await self._run(work)
 
+    async def compile(self, work: Callable[[], None], field: str) -> None:
+        """Compiles a grammar, which came in that field of the request; raises RequestError where it takes too long."""
+        await self._run(work, RequestError(field, "a grammar", f"compiling it took over {self._seconds:g} s: simplify"))
+
     async def decode(self, token_ids: list[int]) -> str:
         """Text of tokens; raises RequestError as `encode`."""
         text: str = await self._run(lambda: self.tokenizer.decode(token_ids, skip_special_tokens=False))
@@ -80,7 +82,7 @@ class Encoder:
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    async def _run(self, work: Any) -> Any:
+    async def _run(self, work: Callable[[], Any], too_slow: RequestError | None = None) -> Any:
         loop = asyncio.get_running_loop()
         await self._free.acquire()
         future = self._pool.submit(work)
@@ -95,22 +97,19 @@ class Encoder:
         try:
             return await asyncio.wait_for(asyncio.wrap_future(future), self._seconds)
         except TimeoutError:
-            raise RequestError(
-                "prompt", "its text", f"tokenizing it took over {self._seconds:g} s: shorten it"
-            ) from None
+            remedy = f"tokenizing it took over {self._seconds:g} s: shorten it"
+            raise too_slow or RequestError("prompt", "its text", remedy) from None
 
     def _encode(self, one: Input, special_tokens: bool) -> Prompt:
         if isinstance(one, str):
             return Prompt(one, self.tokenizer.encode(one, add_special_tokens=special_tokens))
         if isinstance(one, list):
             return Prompt(None, one)
-        for name in one.variables:
-            if name in _RESERVED:
-                raise RequestError("chat_template_kwargs", name, "it is a field of the request")
         text = self.tokenizer.apply_chat_template(
             one.messages,
             add_generation_prompt=one.add_generation_prompt,
-            **{str(k): v for k, v in one.variables.items()},
+            tools=one.tools,
+            variables=one.variables,
         )
         return Prompt(None, self.tokenizer.encode(text, add_special_tokens=False))
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
 from ryzanstein_jax.request import MAX_N, MAX_STOPS
+from ryzanstein_jax.server.chat_format import ResponseFormat, StructuredOutputs, ToolCall, ToolChoice, Tools
+from ryzanstein_jax.server.chat_format import Strict as _Strict
 from ryzanstein_jax.server.problems import INVALID, ApiError
 
 #: Fields of OpenAI's API that this server has not, and the values that ask for nothing; null always does.
@@ -19,19 +21,15 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "metadata": ({},),
     "modalities": (["text"],),
     "moderation": (),
-    "parallel_tool_calls": (),
     "prediction": (),
     "prompt_cache_key": (),
     "prompt_cache_options": (),
     "prompt_cache_retention": (),
     "reasoning_effort": (),
-    "response_format": ({"type": "text"},),
     "safety_identifier": (),
     "service_tier": ("auto", "default"),
     "store": (False,),
     "suffix": (),
-    "tool_choice": ("none",),
-    "tools": ([],),
     "verbosity": (),
     "web_search_options": (),
 }
@@ -42,8 +40,6 @@ _UNSUPPORTED_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
     "function_call": (),
     "name": (),
     "refusal": (),
-    "tool_call_id": (),
-    "tool_calls": ([],),
 }
 
 
@@ -61,10 +57,6 @@ def _without_unsupported(value: Any, unsupported: dict[str, tuple[Any, ...]]) ->
 
 def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
 
 
 class StreamOptions(_Strict):
@@ -108,6 +100,7 @@ class Sampling(_Strict):
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
+    structured_outputs: StructuredOutputs | None = None
     #: Lower ones run first.
     priority: Annotated[int, Field(ge=-1000, le=1000)] | None = None
     #: Seconds after which the request is given up; never more than the server's own limit.
@@ -201,7 +194,7 @@ _CONTENT = {
 
 
 def _is_content(value: Any) -> Any:
-    if not isinstance(value, str | list):
+    if value is not None and not isinstance(value, str | list):
         raise PydanticCustomError("content", "use text, or a list of parts of type text")
     return _as_text(value)
 
@@ -209,17 +202,38 @@ def _is_content(value: Any) -> Any:
 class Message(_Strict):
     """One message of a conversation."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[Any, BeforeValidator(_is_content), WithJsonSchema(_CONTENT)]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    #: Only an assistant's message that calls tools may do without.
+    content: Annotated[Any, BeforeValidator(_is_content), WithJsonSchema(_CONTENT)] = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=1024)] | None = None
+    tool_call_id: Annotated[str, Field(max_length=256)] | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _refuse_unsupported(cls, value: Any) -> Any:
         return _without_unsupported(value, _UNSUPPORTED_IN_MESSAGE)
 
+    @model_validator(mode="after")
+    def _check_role(self) -> Message:
+        if self.content is None and not self.tool_calls:
+            raise PydanticCustomError("content", "a message has content, or calls tools")
+        if self.tool_calls and self.role != "assistant":
+            raise PydanticCustomError("tool_calls", "only an assistant calls tools")
+        if (self.tool_call_id is not None) != (self.role == "tool"):
+            raise PydanticCustomError(
+                "tool_call_id", "the result of a tool has the role tool and the id of its call as 'tool_call_id'"
+            )
+        return self
+
     def plain(self) -> dict[str, Any]:
         """For chat templates, which know "system" and not its newer name."""
-        return {"role": "system" if self.role == "developer" else self.role, "content": self.content}
+        role = "system" if self.role == "developer" else self.role
+        plain: dict[str, Any] = {"role": role, "content": "" if self.content is None else self.content}
+        if self.tool_calls:
+            plain["tool_calls"] = [call.model_dump() for call in self.tool_calls]
+        if self.tool_call_id is not None:
+            plain["tool_call_id"] = self.tool_call_id
+        return plain
 
 
 Messages = Annotated[list[Message], Field(min_length=1)]
@@ -235,6 +249,26 @@ class ChatRequest(Sampling):
     top_logprobs: Annotated[int, Field(ge=0)] | None = None
     add_generation_prompt: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    response_format: ResponseFormat | None = None
+    tools: Tools | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+
+    @model_validator(mode="after")
+    def _check_tools(self) -> ChatRequest:
+        names = [tool.function.name for tool in self.tools or ()]
+        if len(set(names)) < len(names):
+            raise PydanticCustomError("tools", "two tools have the same name")
+        choice = self.tool_choice
+        if not names and choice not in (None, "none"):
+            raise PydanticCustomError("tool_choice", "'tool_choice' is only allowed when 'tools' are given")
+        if choice is not None and not isinstance(choice, str) and choice.function.name not in names:
+            raise PydanticCustomError("tool_choice", "'tool_choice' names a function that is not among 'tools'")
+        if self.parallel_tool_calls is not None and not names:
+            raise PydanticCustomError(
+                "parallel_tool_calls", "'parallel_tool_calls' is only allowed when 'tools' are given"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_top_logprobs(self) -> ChatRequest:
@@ -297,7 +331,10 @@ def _refusal(error: ValidationError) -> ApiError:
     if kind == "unsupported":
         name = str(first.get("ctx", {}).get("name", ""))
         return ApiError(400, first["msg"], param=".".join(filter(None, (where, name))), code="unsupported_parameter")
-    named = kind in ("stream_options", "top_logprobs")  # checks of more than one field
+    # Checks of more than one field.
+    if kind in ("content", "tool_calls", "tool_call_id") and not where.endswith(kind):
+        where += f".{kind}"
+    named = kind in ("stream_options", "top_logprobs", "tools", "tool_choice", "parallel_tool_calls")
     param: str | None = kind if named else where or None
     message = first["msg"] if not where else f"Invalid value for '{where}': {first['msg']}"
     return ApiError(400, message, param=param, code="invalid_value")

@@ -39,6 +39,7 @@ class Job:
         priority: lower ones run first.
         seconds: what the request may take; None is the server's limit.
         param: which field of the request the prompts came in.
+        form: which one the form of the answer came in, if any.
     """
 
     inputs: Sequence[Input]
@@ -46,6 +47,7 @@ class Job:
     priority: int = 0
     seconds: float | None = None
     param: str = "prompt"
+    form: str = "structured_outputs"
 
 
 class Service:
@@ -123,6 +125,8 @@ class Service:
             state.inc()
             try:
                 prompts = await encoder.encode(job.inputs, backend.max_length)
+                if job.params.structured_outputs is not None:
+                    await self._compile(job, backend, encoder)
             finally:
                 state.dec()
             self._check_lengths(prompts, job, backend.max_length)
@@ -142,6 +146,12 @@ class Service:
                     yield generation
             finally:
                 self._generations.discard(generation)
+
+    async def _compile(self, job: Job, backend: Backend, encoder: Encoder) -> None:
+        try:
+            await encoder.compile(lambda: backend.compile_grammar(job.params), job.form)
+        except RequestError as error:
+            raise RequestError(job.form, error.value, error.remedy) from None
 
     def _check_lengths(self, prompts: Sequence[Prompt], job: Job, most: int) -> None:
         wanted = job.params.max_tokens or 1

@@ -92,7 +92,9 @@ def reference(
     longest = min(max_length, len(prompt) + (params.max_tokens or max_length))
     while True:
         young = len(tokens) - len(prompt) < params.min_tokens
-        banned = (stops if young else set()) if matcher is None else forbidden(matcher.mask(stops if young else ()), vocab)
+        banned = set(stops) if young else set()
+        if matcher is not None:
+            banned = forbidden(matcher.mask(sorted(banned)), vocab)
         token = sample(tokens, vocab, key, settings, banned)
         tokens.append(token)
         completion = tokens[len(prompt) :]

@@ -84,12 +84,11 @@ def test_parameters_that_are_none(form):
 
 def wide(count: int) -> dict:
     """A schema that has to be multiplied out."""
-    return {
-        "allOf": [
-            {"anyOf": [{"type": "object", "properties": {f"p{i}": {"const": j}}, "required": [f"p{i}"]} for j in range(4)]}
-            for i in range(count)
-        ]
-    }  # fmt: skip
+
+    def one(name: str, value: int) -> dict:
+        return {"type": "object", "properties": {name: {"const": value}}, "required": [name]}
+
+    return {"allOf": [{"anyOf": [one(f"p{i}", j) for j in range(4)]} for i in range(count)]}
 
 
 def nested(depth: int) -> dict:
