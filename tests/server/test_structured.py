@@ -290,7 +290,7 @@ def test_what_can_t_be_done_is_refused_by_name(tools, change, param):
 
 def test_a_schema_that_is_deep_or_multiplies(tools):
     deep: Any = {"type": "integer"}
-    for _ in range(60):
+    for _ in range(70):
         deep = {"type": "object", "properties": {"a": deep}}
 
     def one(name: str, value: int) -> dict:
