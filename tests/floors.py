@@ -4,7 +4,18 @@
 #: only. A name may be missing from the package, but a file of the package may not be missing here.
 FLOORS: tuple[tuple[str, ...], ...] = (
     # 0: no JAX
-    ("errors", "cache", "machine", "communication", "nccl", "config", "structured_outputs", "request", "plan", "metrics"),
+    (
+        "errors",
+        "cache",
+        "machine",
+        "communication",
+        "nccl",
+        "config",
+        "structured_outputs",
+        "request",
+        "plan",
+        "metrics",
+    ),
     # 1: pure JAX
     (
         "model",
