@@ -3,7 +3,15 @@
 from ryzanstein_jax.async_llm import AsyncLLM
 from ryzanstein_jax.config import EngineConfig
 from ryzanstein_jax.llm import LLM, StreamChunk
-from ryzanstein_jax.request import CompletionOutput, Logprob, RequestOutput, SamplingParams
+from ryzanstein_jax.request import (
+    CompletionOutput,
+    EmbeddingOutput,
+    EmbeddingRequestOutput,
+    Logprob,
+    PoolingParams,
+    RequestOutput,
+    SamplingParams,
+)
 from ryzanstein_jax.structured_outputs import StructuredOutputsParams
 
 __version__ = "0.1.0"
@@ -12,8 +20,11 @@ __all__ = [
     "LLM",
     "AsyncLLM",
     "CompletionOutput",
+    "EmbeddingOutput",
+    "EmbeddingRequestOutput",
     "EngineConfig",
     "Logprob",
+    "PoolingParams",
     "RequestOutput",
     "SamplingParams",
     "StreamChunk",

@@ -21,7 +21,7 @@ from ryzanstein_jax.llm import (
     default_sampling_params,
     encode_input,
 )
-from ryzanstein_jax.request import RequestOutput, SamplingParams
+from ryzanstein_jax.request import PoolingParams, RequestOutput, SamplingParams
 from ryzanstein_jax.start import as_orchestrator, make_config, start_engine
 
 if TYPE_CHECKING:
@@ -123,10 +123,24 @@ class AsyncLLM:
         """
         self._engine.compile_grammar(params)
 
+    def get_pooling_params(self, dimensions: int | None = None) -> PoolingParams:
+        """How embeddings are made: as the setting `embedding_pooling` says, or else the model's folder.
+
+        Raises:
+            RequestError: the folder asks for what is not there, or embeddings have fewer dimensions.
+        """
+        return self._opened.pooling_params(self.config.embedding_pooling, dimensions)
+
     async def stream(
-        self, prompt: Prompt | Messages, sampling_params: SamplingParams | None = None, *, priority: int = 0
+        self,
+        prompt: Prompt | Messages,
+        sampling_params: SamplingParams | PoolingParams | None = None,
+        *,
+        priority: int = 0,
     ) -> AsyncIterator[StreamChunk]:
         """Completes one prompt, or answers one conversation, piece by piece.
+
+        With `PoolingParams` there is one chunk, whose output holds the embedding.
 
         Closing the iterator, or cancelling its task, aborts the request.
 
@@ -156,12 +170,21 @@ class AsyncLLM:
         finally:
             self._inbox.put(lambda: self._forget(request_id))
 
+    async def embed(
+        self, prompt: Prompt, pooling_params: PoolingParams | None = None, *, priority: int = 0
+    ) -> RequestOutput:
+        """Embeds one prompt: `embedding` of the output is float32 [hidden], of length 1; raises as `stream` does."""
+        return await self._last(self.stream(prompt, pooling_params or self.get_pooling_params(), priority=priority))
+
     async def generate(
         self, prompt: Prompt | Messages, sampling_params: SamplingParams | None = None, *, priority: int = 0
     ) -> RequestOutput:
         """The whole output of one prompt or conversation; raises as `stream` does."""
+        return await self._last(self.stream(prompt, sampling_params, priority=priority))
+
+    async def _last(self, stream: AsyncIterator[StreamChunk]) -> RequestOutput:
         output: RequestOutput | None = None
-        async for chunk in self.stream(prompt, sampling_params, priority=priority):
+        async for chunk in stream:
             output = chunk.output
         if output is None:
             raise EngineClosedError("the request ended without an answer")

@@ -142,6 +142,7 @@ class StepLayout(Layout):
                 "tile_positions": ((tiles,), np.int32),
                 "num_tiles": ((), np.int32),
                 "row_tokens": ((b.rows,), np.int32),
+                "pools": ((b.prefills, 2), np.int32),
             }
         )
 
@@ -172,6 +173,7 @@ class StepLayout(Layout):
         view["num_tiles"][...] = tile
         tokens = plan.rows["token"]
         view["row_tokens"][: len(tokens)] = np.where(tokens < d, tokens, tokens + b.decodes - d)
+        view["pools"][: len(plan.pools)] = plan.pools - d  # places among the prompt tokens
         return flat
 
     def _pack_blocks(self, tables: np.ndarray, positions: np.ndarray, view: dict[str, np.ndarray]) -> None:

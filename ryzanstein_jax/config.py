@@ -13,6 +13,8 @@ from ryzanstein_jax.nccl import GLOO_INTERFACE_VARIABLE, NcclConfig
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 CLUSTERS = ("ray",)
+#: What an embedding is made of: the hidden state of the last token, or the mean of all.
+POOLINGS = ("last", "mean")
 LOAD_FORMATS = ("auto", "safetensors", "gguf", "snapshot", "dummy")
 
 
@@ -40,6 +42,7 @@ class EngineConfig:
         seed: of every request that brings no seed of its own, and of dummy weights.
         max_logprobs: most alternatives per token that a request may ask for.
         max_logit_bias: most biased tokens that a request may name.
+        embedding_pooling: what embeddings are made of: "last" or "mean"; None is what the model's folder says.
         compilation_cache_dir: persistent cache of compiled programs; None takes the user's cache
             folder, "" switches it off.
         weights_cache_gib: most disk space, in GiB of the user's cache folder, for copies of quantized weights as they
@@ -65,6 +68,7 @@ class EngineConfig:
     seed: int = 0
     max_logprobs: int = 20
     max_logit_bias: int = 300
+    embedding_pooling: str | None = None
     compilation_cache_dir: str | None = None
     weights_cache_gib: float = 16.0
     profile_dir: str | None = None
@@ -88,6 +92,8 @@ class EngineConfig:
         _integer("max_logprobs", self.max_logprobs, 0, 1024)
         _integer("max_logit_bias", self.max_logit_bias, 0, 4096)
         _integer("profile_steps", self.profile_steps, 1, 10000)
+        if self.embedding_pooling is not None:
+            _one_of("embedding_pooling", self.embedding_pooling, POOLINGS)
         room = self.weights_cache_gib
         if not isinstance(room, int | float) or isinstance(room, bool) or not 0 <= room < 1 << 20:
             raise ConfigError("weights_cache_gib", room, "use a number of GiB, or 0 for none")

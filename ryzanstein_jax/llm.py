@@ -14,7 +14,13 @@ from ryzanstein_jax.engine.open import OpenModel
 from ryzanstein_jax.engine.tokens import Tokenizer
 from ryzanstein_jax.errors import EngineClosedError, RequestError
 from ryzanstein_jax.progress import progress_bars
-from ryzanstein_jax.request import RequestOutput, SamplingParams
+from ryzanstein_jax.request import (
+    EmbeddingOutput,
+    EmbeddingRequestOutput,
+    PoolingParams,
+    RequestOutput,
+    SamplingParams,
+)
 from ryzanstein_jax.start import as_orchestrator, make_config, start_engine
 
 if TYPE_CHECKING:
@@ -179,6 +185,42 @@ class LLM:
             requests.append((None, ids, params))
         return self._run(requests, use_tqdm)
 
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        pooling_params: PoolingParams | None = None,
+        use_tqdm: bool | None = None,
+    ) -> list[EmbeddingRequestOutput]:
+        """Embeds prompts: each as one vector of length 1, of the final hidden states.
+
+        Args:
+            prompts: one prompt or a list of them.
+            pooling_params: None takes the setting `embedding_pooling`, or else what the model's folder says.
+            use_tqdm: show a progress bar; None as `progress` says. The name is vLLM's.
+
+        Returns:
+            One output per prompt, in order; `output.outputs.embedding` is float32 [hidden].
+
+        Raises:
+            RequestError: a prompt or the parameters are invalid; then none of them is run.
+        """
+        if pooling_params is None:
+            params = self._opened.pooling_params(self.config.embedding_pooling)
+        else:
+            params = self._opened.pooling_params(pooling_params.pooling, pooling_params.dimensions)
+        requests = [(*self._encode(prompt), params) for prompt in as_batch(prompts)]
+        found = []
+        for output in self._run(requests, use_tqdm):
+            assert output.embedding is not None
+            found.append(
+                EmbeddingRequestOutput(
+                    output.request_id, output.prompt, output.prompt_token_ids, EmbeddingOutput(output.embedding),
+                    output.num_cached_tokens,
+                )
+            )  # fmt: skip
+        return found
+
     def stream(self, prompt: Prompt | Messages, sampling_params: SamplingParams | None = None) -> Iterator[StreamChunk]:
         """Completes one prompt, or answers one conversation, piece by piece.
 
@@ -229,7 +271,7 @@ class LLM:
             raise RequestError("sampling_params", len(each), f"give one, or one for each of the {count} prompts")
         return each
 
-    def _add(self, text: str | None, ids: list[int], params: SamplingParams) -> str:
+    def _add(self, text: str | None, ids: list[int], params: SamplingParams | PoolingParams) -> str:
         with self._lock:
             request_id = str(next(self._ids))
             self._engine.add(request_id, ids, params, prompt=text)
@@ -240,7 +282,7 @@ class LLM:
             self._outputs[output.request_id] = output
 
     def _run(
-        self, requests: Sequence[tuple[str | None, list[int], SamplingParams]], use_tqdm: bool | None
+        self, requests: Sequence[tuple[str | None, list[int], SamplingParams | PoolingParams]], use_tqdm: bool | None
     ) -> list[RequestOutput]:
         shown = self._progress if use_tqdm is None else use_tqdm
         with self._lock, progress_bars(shown and len(requests) > 1) as bars:

@@ -5,7 +5,8 @@ processes as plain bytes. Ranks know nothing about requests: a plan holds all th
 
 A step runs T tokens of S sequences. The first `num_decodes` sequences bring one token each; the
 others bring a chunk of their prompt each. R *rows* pick the tokens whose logits are wanted: to sample
-the next token, or (`target >= 0`) to score a given one for prompt log-probabilities.
+the next token, or (`target >= 0`) to score a given one for prompt log-probabilities. P *pools* pick
+ranges of tokens whose final hidden states are wanted, summed: an embedding is made of such sums.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ ROW = np.dtype(
 BIAS = np.dtype([("row", "<i4"), ("token", "<i4"), ("value", "<f4")])
 
 _MAGIC = b"RYZP"
-_HEADER = struct.Struct("<4sHHQqqqqqqqq")
-_VERSION = 1
+_HEADER = struct.Struct("<4sHHQqqqqqqqqq")
+_VERSION = 2
 MAX_PLAN_BYTES = 256 << 20
 
 
@@ -67,6 +68,8 @@ class StepPlan:
         num_logprobs: how many alternatives per row to return; -1 for none at all.
         bias: BIAS [B].
         mask: uint32 [R, ceil(vocab / 32)] of allowed tokens, or [0, 0] when no row is constrained.
+        pools: int32 [P, 2], first and last token (of this step's) of each sum of hidden states: tokens of one prompt
+            chunk, which is in one pool at most.
     """
 
     step: int
@@ -80,6 +83,7 @@ class StepPlan:
     num_logprobs: int = -1
     bias: np.ndarray = field(default_factory=lambda: np.zeros(0, BIAS))
     mask: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.uint32))
+    pools: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.int32))
 
     @property
     def num_prefill_tokens(self) -> int:
@@ -104,9 +108,10 @@ class StepPlan:
             len(self.rows),
             len(self.bias),
             self.mask.shape[1] if len(self.mask) else 0,
+            len(self.pools),
         )
         arrays = (self.token_ids, self.positions, self.query_lens, self.page_tables, self.rows, self.bias, self.mask)
-        return b"".join([header, *(array.tobytes() for array in arrays)])
+        return b"".join([header, *(array.tobytes() for array in (*arrays, self.pools))])
 
     @classmethod
     def from_bytes(cls, data: bytes | memoryview) -> StepPlan:
@@ -120,10 +125,10 @@ class StepPlan:
             raise PlanFormatError(f"a plan of {len(data)} bytes is over the limit of {MAX_PLAN_BYTES}")
         if len(data) < _HEADER.size:
             raise PlanFormatError(f"a plan of {len(data)} bytes is shorter than its header of {_HEADER.size}")
-        magic, version, full, step, decodes, num_logprobs, t, s, w, r, b, m = _HEADER.unpack_from(data)
+        magic, version, full, step, decodes, num_logprobs, t, s, w, r, b, m, p = _HEADER.unpack_from(data)
         if magic != _MAGIC or version != _VERSION:
             raise PlanFormatError(f"not a step plan of version {_VERSION}: it begins with {bytes(data[:6])!r}")
-        if min(decodes, t, s, w, r, b, m) < 0 or full > 1 or decodes > s or decodes > t or num_logprobs < -1:
+        if min(decodes, t, s, w, r, b, m, p) < 0 or full > 1 or decodes > s or decodes > t or num_logprobs < -1:
             raise PlanFormatError("a step plan's header holds impossible counts")
         reader = _Reader(data, _HEADER.size)
         plan = cls(
@@ -138,6 +143,7 @@ class StepPlan:
             num_logprobs=num_logprobs,
             bias=reader.take(BIAS, (b,)),
             mask=reader.take("<u4", (r if m else 0, m)),
+            pools=reader.take("<i4", (p, 2)),
         )
         reader.end()
         return plan
@@ -154,6 +160,7 @@ class StepResult:
         ranks: int32 [R], how many tokens were at least as likely (1 is the most likely), or [0].
         top_tokens: int32 [R, N], the N most likely tokens, best first, or [0, 0].
         top_logprobs: float32 [R, N], or [0, 0].
+        pooled: float32 [P, D], the sums of hidden states that the plan's pools asked for, or [0, 0].
     """
 
     step: int
@@ -162,14 +169,15 @@ class StepResult:
     ranks: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
     top_tokens: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.int32))
     top_logprobs: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
+    pooled: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
 
     def to_bytes(self) -> bytes:
         """The result as bytes; `from_bytes` is its inverse."""
         n = self.top_tokens.shape[1] if len(self.top_tokens) else 0
-        header = _HEADER.pack(
-            b"RYZR", _VERSION, int(len(self.logprobs) > 0), self.step, len(self.tokens), n, 0, 0, 0, 0, 0, 0
-        )
-        arrays = (self.tokens, self.logprobs, self.ranks, self.top_tokens, self.top_logprobs)
+        p, d = self.pooled.shape if len(self.pooled) else (0, 0)
+        scored = int(len(self.logprobs) > 0)
+        header = _HEADER.pack(b"RYZR", _VERSION, scored, self.step, len(self.tokens), n, p, d, 0, 0, 0, 0, 0)
+        arrays = (self.tokens, self.logprobs, self.ranks, self.top_tokens, self.top_logprobs, self.pooled)
         return b"".join([header, *(array.tobytes() for array in arrays)])
 
     @classmethod
@@ -183,8 +191,8 @@ class StepResult:
             raise PlanFormatError(f"a result of {len(data)} bytes is over the limit of {MAX_PLAN_BYTES}")
         if len(data) < _HEADER.size:
             raise PlanFormatError(f"a result of {len(data)} bytes is shorter than its header of {_HEADER.size}")
-        magic, version, scored, step, r, n, *_ = _HEADER.unpack_from(data)
-        if magic != b"RYZR" or version != _VERSION or min(r, n) < 0 or scored > 1:
+        magic, version, scored, step, r, n, p, d, *_ = _HEADER.unpack_from(data)
+        if magic != b"RYZR" or version != _VERSION or min(r, n, p, d) < 0 or scored > 1:
             raise PlanFormatError(f"not a step result of version {_VERSION}: it begins with {bytes(data[:6])!r}")
         reader = _Reader(data, _HEADER.size)
         scored_rows = r if scored else 0
@@ -195,6 +203,7 @@ class StepResult:
             ranks=reader.take("<i4", (scored_rows,)),
             top_tokens=reader.take("<i4", (r if n else 0, n)),
             top_logprobs=reader.take("<f4", (r if n else 0, n)),
+            pooled=reader.take("<f4", (p, d)),
         )
         reader.end()
         return result

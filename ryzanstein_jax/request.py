@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from typing import ClassVar
 
+import numpy as np
+
+from ryzanstein_jax.config import POOLINGS
 from ryzanstein_jax.errors import RequestError
 from ryzanstein_jax.structured_outputs import StructuredOutputsParams
 
@@ -123,6 +127,28 @@ class SamplingParams:
         return frozenset(f.name for f in fields(cls))
 
 
+@dataclass(frozen=True, kw_only=True)
+class PoolingParams:
+    """How to make an embedding of a prompt: instead of `SamplingParams`, for a request that generates nothing.
+
+    Attributes:
+        pooling: "last" takes the final hidden state of the last token, "mean" the mean of all tokens'.
+        dimensions: keep only so many of the first values; None keeps all. It is for models that were trained for it
+            (Matryoshka embeddings).
+    """
+
+    pooling: str = "last"
+    dimensions: int | None = None
+
+    #: A request for an embedding has one answer.
+    n: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        if self.pooling not in POOLINGS:
+            raise RequestError("pooling", self.pooling, f"use one of {', '.join(POOLINGS)}")
+        _whole("dimensions", self.dimensions, 1, 1 << 20, optional=True)
+
+
 @dataclass(frozen=True, slots=True)
 class Logprob:
     """Log-probability of one token, of the distribution before temperature and filters.
@@ -181,11 +207,35 @@ class RequestOutput:
     timings: RequestTimings
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     num_cached_tokens: int = 0
+    embedding: np.ndarray | None = None  # float32 [hidden], of length 1, where `PoolingParams` asked for it
     error: Exception | None = None
 
     @property
     def finished(self) -> bool:
         return all(output.finished for output in self.outputs)
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingOutput:
+    """An embedding.
+
+    Attributes:
+        embedding: float32 [hidden], or [dimensions], of length 1.
+    """
+
+    embedding: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingRequestOutput:
+    """What `LLM.embed` returns for one prompt. The names are vLLM's."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: EmbeddingOutput
+    num_cached_tokens: int = 0
+    finished: bool = True
 
 
 def _whole(name: str, value: object, low: int, high: int, *, optional: bool = False) -> None:

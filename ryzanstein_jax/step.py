@@ -1,9 +1,9 @@
 """The jitted step: forward over a bucket, then sampling; compiled ahead of time for every bucket.
 
-A step is two programs. *forward* turns tokens into logits and writes the cache, which is donated.
-*sample* turns logits into tokens; its *full* variant also knows penalties, bias, masks, targets and
-log-probabilities, and runs only when a row needs them. Sampled tokens stay on the devices and are an
-input of the next forward, so a step can be dispatched before the last one's tokens are read.
+A step is two programs. *forward* turns tokens into logits and writes the cache, which is donated; of prompts it also
+gives the sums of hidden states that embeddings are made of. *sample* turns logits into tokens; its *full* variant also
+knows penalties, bias, masks, targets and log-probabilities, and runs only when a row needs them. Sampled tokens stay on
+the devices and are an input of the next forward, so a step can be dispatched before the last one's tokens are read.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ryzanstein_jax.batch import Bucket, FullRowLayout, RowLayout, StepLayout, attention_plan
 from ryzanstein_jax.executables import ExecutableStore, environment_of, program_key
+from ryzanstein_jax.history import history_counts
 from ryzanstein_jax.kv_cache import KVCache
 from ryzanstein_jax.memory import memory_analysis
 from ryzanstein_jax.metrics import Metrics
@@ -31,8 +32,9 @@ from ryzanstein_jax.model.decoder import Decoder
 from ryzanstein_jax.model.params import param_specs
 from ryzanstein_jax.model.spec import ModelSpec
 from ryzanstein_jax.plan import StepPlan
+from ryzanstein_jax.pooling import pool
 from ryzanstein_jax.program_table import ProgramTable
-from ryzanstein_jax.sampling import Bias, FullRows, Rows, SampleResult, TokenCounts, count_tokens, full_sample, sample
+from ryzanstein_jax.sampling import Bias, FullRows, Rows, SampleResult, full_sample, sample
 from ryzanstein_jax.sharding import MEGATRON_RULES, PaddedSizes, named_sharding
 
 Params = tuple[jax.Array, ...]
@@ -143,7 +145,7 @@ class StepPrograms:
         layout = self.shapes.layout(bucket)
 
         def forward(params: Params, cache: KVCache, flat: jax.Array, previous: jax.Array) -> Any:
-            """Logits float32 [sampled_rows, V], those of the step's rows first, and the cache."""
+            """Logits float32 [sampled_rows, V], those of the step's rows first; cache; sums float32 [prefills, D]."""
             fields = layout.unpack(flat)
             decoder = self._decoder(params)
             # A negative id stands for the token that the previous step sampled at row -(id + 1).
@@ -151,7 +153,8 @@ class StepPrograms:
             tokens = jnp.where(fields["tokens"] < 0, pending, fields["tokens"])
             hidden, cache = decoder(tokens, fields["positions"], cache, attention_plan(fields))
             logits = decoder.logits(jnp.take(hidden, fields["row_tokens"], axis=0, mode="clip"))
-            return jnp.pad(logits, ((0, bucket.sampled_rows - bucket.rows), (0, 0))), cache
+            pooled = pool(hidden[bucket.decodes :], fields["pools"])
+            return jnp.pad(logits, ((0, bucket.sampled_rows - bucket.rows), (0, 0))), cache, pooled
 
         return forward
 
@@ -184,7 +187,7 @@ class StepPrograms:
                 full_rows,
                 vocab_size=self.spec.vocab_size,
                 num_logprobs=self.shapes.num_logprobs,
-                counts=_history_counts(f, history, logits.shape[1]),
+                counts=history_counts(f, history, logits.shape[1]),
                 bias=Bias(f["bias_row"], f["bias_token"], f["bias_value"]),
                 mask=mask,
             )
@@ -212,7 +215,11 @@ class StepPrograms:
             jitted = jax.jit(
                 self._forward(bucket),
                 donate_argnums=(1,),
-                out_shardings=(self._logits_shape(1).sharding, jax.tree.map(lambda s: s.sharding, cache)),
+                out_shardings=(
+                    self._logits_shape(1).sharding,
+                    jax.tree.map(lambda s: s.sharding, cache),
+                    self.replicated,
+                ),
             )
             return jitted.lower(
                 self.param_shapes,
@@ -373,27 +380,3 @@ class StepPrograms:
             f"no bucket holds {plan.num_decodes} decodes, {plan.num_prefill_tokens} prompt tokens of "
             f"{plan.num_prefills} prompts and {len(plan.rows)} rows"
         )
-
-
-def _history_counts(fields: dict[str, jax.Array], history: jax.Array, width: int) -> TokenCounts:
-    """How often each row's sequence holds each token, counted page by page, and only if a row has penalties."""
-    page_size = history.shape[1]
-    tables, lens = fields["tables"], fields["position"]
-    rows = tables.shape[0]
-    wanted = (
-        (fields["repetition_penalty"] != 1.0)
-        | (fields["presence_penalty"] != 0.0)
-        | (fields["frequency_penalty"] != 0.0)
-    )
-    empty = TokenCounts(jnp.zeros((rows, width), jnp.int32), jnp.zeros((rows, width), bool))
-
-    def add_page(page: jax.Array, counts: TokenCounts) -> TokenCounts:
-        tokens = jnp.take(history, tables[:, page], axis=0, mode="clip")
-        positions = page * page_size + jnp.arange(page_size)
-        valid = positions[None, :] < lens[:, None]
-        is_output = positions[None, :] >= fields["prompt_len"][:, None]
-        more = count_tokens(tokens, valid, is_output, width=width)
-        return TokenCounts(counts.output + more.output, counts.seen | more.seen)
-
-    pages = -(-jnp.max(jnp.where(wanted, lens, 0)) // page_size)
-    return jax.lax.fori_loop(0, pages, add_page, empty)

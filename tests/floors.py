@@ -32,6 +32,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "attention",
         "model.decoder",
         "sampling",
+        "history",
+        "pooling",
         "batch",
         "memory",
         "executables",

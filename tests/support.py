@@ -130,7 +130,7 @@ class Forward:
     def __call__(self, plan: StepPlan) -> np.ndarray:
         """Logits float32 [R, V] of the plan's rows."""
         assert self.bucket.holds(plan)
-        logits, self.cache = self.compiled(self.params, self.cache, self.layout.pack(plan), self.previous)
+        logits, self.cache, _ = self.compiled(self.params, self.cache, self.layout.pack(plan), self.previous)
         return np.asarray(logits)[: len(plan.rows), : self.vocab_size]
 
 

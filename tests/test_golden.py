@@ -9,7 +9,7 @@ from ryzanstein_jax.batch import Bucket
 from ryzanstein_jax.config import EngineConfig
 from ryzanstein_jax.engine.engine import Engine
 from ryzanstein_jax.engine.runner import Runner
-from ryzanstein_jax.request import SamplingParams
+from ryzanstein_jax.request import PoolingParams, SamplingParams
 from ryzanstein_jax.step import StepPrograms
 from tests.support import (
     FAMILIES,
@@ -64,6 +64,9 @@ def test_family(family: str) -> None:
             built = dict(zip(WIDTHS, pool.map(build, WIDTHS), strict=True))
         for _, forward in built.values():
             run_script(family, forward)
+        if (GOLDEN / family / "hidden.npy").is_file():
+            for width in (1, 2, 8):
+                embed(family, *built[width])
         run_engine(family, *built[WIDTHS[FAMILIES.index(family) % len(WIDTHS)]])
 
 
@@ -101,6 +104,30 @@ def run_script(family: str, forward: Forward) -> None:
         if alive:
             step("".join(alive), {})
     assert all(done[name] == len(expected) for name in "abc"), done
+
+
+def embed(family: str, programs: StepPrograms, forward: Forward) -> None:
+    """Embeddings of prompts that fit a step, that take several, and that are one token, beside a completion."""
+    hidden, prompt = np.load(GOLDEN / family / "hidden.npy"), golden_expected(family)[2].tolist()
+    programs.samplers[BUCKET.rows] = programs.lower_sample(BUCKET.rows).compile(compiler_options=QUICK)
+    engine = Engine(Runner(programs, forward.params, max_model_len=56), config=EngineConfig("none"))
+    engine.close = lambda: None  # type: ignore[method-assign]  # the weights are of use to others
+    cases = {f"{pooling} {count}": (pooling, count) for pooling in ("last", "mean") for count in (40, 23, 1)}
+    requests = {name: (prompt[:count], PoolingParams(pooling=pooling)) for name, (pooling, count) in cases.items()}
+    outputs = serve(
+        engine, {**requests, "text": (prompt, SamplingParams(temperature=0, max_tokens=9, ignore_eos=True))}
+    )
+    again = serve(engine, requests)
+    assert (again["last 40"].num_cached_tokens, again["mean 40"].num_cached_tokens) == (36, 0)
+    assert outputs["text"].outputs[0].token_ids == golden_expected(family)[0][40:49].tolist()
+    for name, (pooling, count) in cases.items():
+        wanted = hidden[count - 1] if pooling == "last" else hidden[:count].mean(axis=0)
+        for found in (outputs[name], again[name]):
+            assert found.finished and found.outputs[0].token_ids == []
+            np.testing.assert_allclose(found.embedding, wanted / np.linalg.norm(wanted), atol=TOLERANCE, err_msg=name)
+    halved = serve(engine, {"halved": (prompt, PoolingParams(pooling="last", dimensions=hidden.shape[1] // 2))})
+    wanted = hidden[-1, : hidden.shape[1] // 2]
+    np.testing.assert_allclose(halved["halved"].embedding, wanted / np.linalg.norm(wanted), atol=TOLERANCE)
 
 
 def run_engine(family: str, programs: StepPrograms, forward: Forward) -> None:

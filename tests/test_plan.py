@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from ryzanstein_jax import plan as plan_module
 from ryzanstein_jax.plan import BIAS, ROW, PlanFormatError, StepPlan, StepResult
 
-PLAN_ARRAYS = ("token_ids", "positions", "query_lens", "page_tables", "rows", "bias", "mask")
-RESULT_ARRAYS = ("tokens", "logprobs", "ranks", "top_tokens", "top_logprobs")
-HEADER = struct.Struct("<4sHHQqqqqqqqq")
+PLAN_ARRAYS = ("token_ids", "positions", "query_lens", "page_tables", "rows", "bias", "mask", "pools")
+RESULT_ARRAYS = ("tokens", "logprobs", "ranks", "top_tokens", "top_logprobs", "pooled")
+HEADER = struct.Struct("<4sHHQqqqqqqqqq")
 
 
 def filled(rng: np.random.Generator, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
@@ -42,6 +42,7 @@ def plans(draw: st.DrawFn) -> StepPlan:
         num_logprobs=draw(st.integers(-1, 20)),
         bias=filled(rng, BIAS, (draw(st.integers(0, 3)),)),
         mask=filled(rng, "<u4", (rows if words else 0, words)),
+        pools=filled(rng, "<i4", (draw(st.integers(0, 3)), 2)),
     )
 
 
@@ -51,6 +52,7 @@ def results(draw: st.DrawFn) -> StepResult:
     rows = draw(st.integers(0, 5))
     scored = rows if draw(st.booleans()) else 0
     top = (rows, draw(st.integers(1, 4))) if rows and draw(st.booleans()) else (0, 0)
+    pooled = (draw(st.integers(1, 3)), draw(st.integers(1, 5))) if draw(st.booleans()) else (0, 0)
     return StepResult(
         step=draw(st.integers(0, 2**64 - 1)),
         tokens=filled(rng, "<i4", (rows,)),
@@ -58,6 +60,7 @@ def results(draw: st.DrawFn) -> StepResult:
         ranks=filled(rng, "<i4", (scored,)),
         top_tokens=filled(rng, "<i4", top),
         top_logprobs=filled(rng, "<f4", top),
+        pooled=filled(rng, "<f4", pooled),
     )
 
 
@@ -120,15 +123,17 @@ def test_the_layout_only_changes_with_its_version() -> None:
         num_logprobs=2,
         bias=np.array([(0, 7, -1.5)], BIAS),
         mask=np.array([[1], [2]], np.uint32),
+        pools=np.array([[1, 2]], np.int32),
     )
     one = np.ones(2)
     result = StepResult(
-        3, one.astype("i4"), one.astype("f4"), one.astype("i4"), np.ones((2, 1), "i4"), np.ones((2, 1), "f4")
-    )
-    assert plan_module._VERSION == 1
+        3, one.astype("i4"), one.astype("f4"), one.astype("i4"), np.ones((2, 1), "i4"), np.ones((2, 1), "f4"),
+        np.full((1, 3), 0.5, "f4"),
+    )  # fmt: skip
+    assert plan_module._VERSION == 2
     assert ROW.itemsize == 56
     digest = hashlib.sha256(plan.to_bytes() + result.to_bytes()).hexdigest()
-    assert digest == "72846783e01bd0162b4e7aeda741a15514b2feefe11de3519985ae32e83745d6"
+    assert digest == "a790f877e5f9efcfb0048af904254606f528402673d763d3c728d15317d16b44"
 
 
 EITHER = pytest.mark.parametrize("kind", [StepPlan, StepResult])
@@ -138,11 +143,11 @@ def example(kind: type) -> bytes:
     """Bytes of a plan or result with every array in it."""
     if kind is StepResult:
         floats, ints = np.ones((2, 3), np.float32), np.ones((2, 3), np.int32)
-        return StepResult(1, ints[:, 0], floats[:, 0], ints[:, 0], ints, floats).to_bytes()
+        return StepResult(1, ints[:, 0], floats[:, 0], ints[:, 0], ints, floats, floats).to_bytes()
     ints = np.arange(1, 7, dtype=np.int32)
     return StepPlan(
         1, 2, ints, ints, ints[:3], np.ones((3, 2), np.int32), np.ones(2, ROW), True, 1, np.ones(1, BIAS),
-        np.ones((2, 3), np.uint32),
+        np.ones((2, 3), np.uint32), ints[:4].reshape(2, 2),
     ).to_bytes()  # fmt: skip
 
 
@@ -180,7 +185,7 @@ def test_plans_and_results_are_not_mistaken_for_each_other() -> None:
 def test_another_version_is_refused(kind: Any) -> None:
     data = bytearray(example(kind))
     data[4] += 1
-    with pytest.raises(PlanFormatError, match="version 1"):
+    with pytest.raises(PlanFormatError, match="version 2"):
         kind.from_bytes(data)
 
 
@@ -188,11 +193,11 @@ NASTY = st.sampled_from([-(2**63), -2, -1, 0, 1, 2, 3, 6, 255, 2**31, 2**32, 2**
 
 
 @EITHER
-@given(flag=st.integers(0, 2**16 - 1), counts=st.lists(NASTY, min_size=8, max_size=8))
+@given(flag=st.integers(0, 2**16 - 1), counts=st.lists(NASTY, min_size=9, max_size=9))
 def test_a_hostile_header_costs_nothing_and_is_refused(kind: Any, flag: int, counts: list[int]) -> None:
     """Counts that multiply to more than memory, or to nothing, must end in the typed error and in no other."""
     magic = b"RYZP" if kind is StepPlan else b"RYZR"
-    data = HEADER.pack(magic, 1, flag, 0, *counts) + example(kind)[HEADER.size :]
+    data = HEADER.pack(magic, 2, flag, 0, *counts) + example(kind)[HEADER.size :]
     try:
         found = kind.from_bytes(data)
     except PlanFormatError:
@@ -204,19 +209,21 @@ def test_a_hostile_header_costs_nothing_and_is_refused(kind: Any, flag: int, cou
 @pytest.mark.parametrize(
     ("kind", "counts"),
     [
-        (StepPlan, (0, -1, 0, 0, 2**62, 0, 0, 0)),  # page tables of no sequence
-        (StepPlan, (0, -1, 0, 0, 0, 0, 0, 2**62)),  # a mask of no row
-        (StepPlan, (1, -1, 0, 1, 0, 0, 0, 0)),  # a decode without its token
-        (StepPlan, (1, -1, 1, 0, 0, 0, 0, 0)),  # a decode without its sequence
-        (StepPlan, (0, -2, 0, 0, 0, 0, 0, 0)),
-        (StepResult, (0, 2**62, 0, 0, 0, 0, 0, 0)),  # alternatives of no row
-        (StepResult, (-1, 0, 0, 0, 0, 0, 0, 0)),
+        (StepPlan, (0, -1, 0, 0, 2**62, 0, 0, 0, 0)),  # page tables of no sequence
+        (StepPlan, (0, -1, 0, 0, 0, 0, 0, 2**62, 0)),  # a mask of no row
+        (StepPlan, (1, -1, 0, 1, 0, 0, 0, 0, 0)),  # a decode without its token
+        (StepPlan, (1, -1, 1, 0, 0, 0, 0, 0, 0)),  # a decode without its sequence
+        (StepPlan, (0, -2, 0, 0, 0, 0, 0, 0, 0)),
+        (StepPlan, (0, -1, 0, 0, 0, 0, 0, 0, -1)),
+        (StepResult, (0, 2**62, 0, 0, 0, 0, 0, 0, 0)),  # alternatives of no row
+        (StepResult, (0, 0, 0, 2**62, 0, 0, 0, 0, 0)),  # hidden states of no pool
+        (StepResult, (-1, 0, 0, 0, 0, 0, 0, 0, 0)),
     ],
 )
 def test_impossible_counts_with_no_arrays_are_refused(kind: Any, counts: tuple[int, ...]) -> None:
     magic = b"RYZP" if kind is StepPlan else b"RYZR"
     with pytest.raises(PlanFormatError):
-        kind.from_bytes(HEADER.pack(magic, 1, 0, 0, *counts))
+        kind.from_bytes(HEADER.pack(magic, 2, 0, 0, *counts))
 
 
 @EITHER

@@ -6,10 +6,11 @@ import pytest
 
 from ryzanstein_jax.batch import Bucket, bucket_ladder
 from ryzanstein_jax.engine.runner import Runner
+from ryzanstein_jax.history import history_counts
 from ryzanstein_jax.metrics import Metrics
 from ryzanstein_jax.plan import ROW, StepPlan
 from ryzanstein_jax.sharding import PaddedSizes, make_mesh
-from ryzanstein_jax.step import StepPrograms, StepShapes, _history_counts
+from ryzanstein_jax.step import StepPrograms, StepShapes
 from tests.support import (
     GOLDEN,
     QUICK,
@@ -88,7 +89,7 @@ def test_history_is_counted_through_the_pages():
     rows["repetition_penalty"] = [1.2, 1.0, 1.0, 1.0]
     rows["presence_penalty"], rows["frequency_penalty"] = [0, 0.5, 0, 0], [0, 0, 0.5, 0]
     fields = {name: rows[name] for name in ROW.names} | {"tables": tables}
-    counts = jax.jit(lambda f, h: _history_counts(f, h, vocab))(fields, history)
+    counts = jax.jit(lambda f, h: history_counts(f, h, vocab))(fields, history)
     for row in range(3):  # the last row has no penalty: what is counted for it is never looked at
         tokens = history[tables[row]].ravel()[: rows["position"][row]]
         output = tokens[rows["prompt_len"][row] :]

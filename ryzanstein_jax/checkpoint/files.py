@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from ryzanstein_jax.errors import ConfigError, WeightsError
 DEFAULT_MODEL = "smollm2"
 #: Of a hub repository; never pickles or code.
 _JSON_PATTERNS = ["config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "*.jinja"]
+#: How a folder of sentence-transformers makes embeddings, and the name that it has in a snapshot.
+_POOLING, SNAPSHOT_POOLING = "1_Pooling/config.json", "pooling_config.json"
 _WEIGHT_PATTERNS = ["*.safetensors", "model.safetensors.index.json"]
 _MAX_CONFIG_BYTES = 16 << 20
 _MAX_TOKENIZER_BYTES = 256 << 20
@@ -36,6 +38,7 @@ class ModelFiles:
         tokenizer: `tokenizer.json`, or the `.gguf` file that holds the tokenizer, or None.
         tokenizer_config: `tokenizer_config.json`, or None.
         chat_template: `chat_template.jinja`, or None.
+        pooling_config: how sentence-transformers would make embeddings with it, or empty.
     """
 
     kind: str
@@ -45,6 +48,7 @@ class ModelFiles:
     tokenizer: Path | None
     tokenizer_config: Path | None
     chat_template: Path | None
+    pooling_config: dict[str, Any] = field(default_factory=dict)
 
 
 def resolve_model(model: str, revision: str | None = None, load_format: str = "auto") -> ModelFiles:
@@ -116,7 +120,8 @@ def _folder_files(kind: str, path: Path, model: str) -> ModelFiles:
     if kind == "snapshot":
         read_manifest(path)
     config = _read_json(path / "config.json")
-    generation = _read_json(path / "generation_config.json") if (path / "generation_config.json").is_file() else {}
+    generation = _read_if_there(path / "generation_config.json")
+    pooling = _read_if_there(path / (SNAPSHOT_POOLING if kind == "snapshot" else _POOLING))
     config["eos_token_id"] = _token_ids(config.get("eos_token_id")) + [
         i for i in _token_ids(generation.get("eos_token_id")) if i not in _token_ids(config.get("eos_token_id"))
     ]
@@ -131,13 +136,17 @@ def _folder_files(kind: str, path: Path, model: str) -> ModelFiles:
 
     return ModelFiles(
         kind, path, config, generation, held("tokenizer.json"), held("tokenizer_config.json"),
-        held("chat_template.jinja"),
+        held("chat_template.jinja"), pooling,
     )  # fmt: skip
 
 
 def _token_ids(value: object) -> list[int]:
     values = value if isinstance(value, list) else [value]
     return [i for i in values if isinstance(i, int) and not isinstance(i, bool)]
+
+
+def _read_if_there(path: Path) -> dict[str, Any]:
+    return _read_json(path) if path.is_file() else {}
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -159,7 +168,7 @@ def _from_hub(model: str, revision: str | None, load_format: str) -> Path:
 
     if model.endswith((".gguf", ".safetensors")) or model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise ConfigError("model", model, "there is no such file or folder")
-    patterns = _JSON_PATTERNS + ([] if load_format == "dummy" else _WEIGHT_PATTERNS)
+    patterns = [*_JSON_PATTERNS, _POOLING] + ([] if load_format == "dummy" else _WEIGHT_PATTERNS)
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
     except (RepositoryNotFoundError, HFValidationError) as error:

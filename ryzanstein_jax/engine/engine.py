@@ -24,10 +24,12 @@ from ryzanstein_jax.errors import (
     RyzansteinError,
 )
 from ryzanstein_jax.plan import StepResult
-from ryzanstein_jax.request import RequestOutput, SamplingParams
+from ryzanstein_jax.request import PoolingParams, RequestOutput, SamplingParams
 
 #: How long `step` waits for lost devices, in seconds, before the caller gets a turn.
 _RESTART_SECONDS = 0.1
+#: Of a request that generates nothing. With a seed of its own, so that it draws none of those of other requests.
+_NOTHING = SamplingParams(temperature=0, seed=0, max_tokens=1, detokenize=False)
 
 
 class Engine:
@@ -67,13 +69,15 @@ class Engine:
         self,
         request_id: str,
         prompt_token_ids: Sequence[int],
-        params: SamplingParams,
+        params: SamplingParams | PoolingParams,
         *,
         prompt: str | None = None,
         priority: int = 0,
         grammar: Grammar | None = None,
     ) -> None:
         """Queues a request. Those with a lower `priority` run first, then those that came first.
+
+        With `PoolingParams` it brings an embedding and no token.
 
         Args:
             grammar: what `compile_grammar` made of the parameters, where it was called before.
@@ -87,6 +91,8 @@ class Engine:
             raise EngineClosedError("the engine is closed: make a new one")
         if self._gave_up is not None:
             raise self._gave_up.with_traceback(None)  # it would grow with each request that is turned away
+        pooling = params if isinstance(params, PoolingParams) else None
+        params = _NOTHING if isinstance(params, PoolingParams) else params
         tokens = self._validate(request_id, prompt_token_ids, params, priority)
         grammar = grammar or self.compile_grammar(params)
         seed = params.seed
@@ -103,11 +109,12 @@ class Engine:
                 order=(priority, self._num_added, index),
                 eos_token_ids=self._eos_token_ids,
                 matcher=None if grammar is None else grammar.matcher(),
+                pooling=None if pooling is None else pooling.pooling,
             )
             for index in range(params.n)
         ]
         self._num_added += 1
-        state = RequestState(request_id, prompt, tokens, params, sequences, self._tokenizer)
+        state = RequestState(request_id, prompt, tokens, params, sequences, self._tokenizer, pooling)
         for sequence in sequences:
             self._scheduler.add(sequence)
         self._requests[request_id] = state
@@ -237,6 +244,14 @@ class Engine:
             with self._failing_alone(state):
                 state.score_prompt(sequence, position, result, row)
                 self._changed[sequence.request_id] = state.output
+        for part in rows.pooled:
+            state = self._requests.get(part.sequence.request_id)
+            if state is None:
+                continue
+            with self._failing_alone(state):
+                state.pool(part, result)
+                if part.sequence.finished:
+                    self._end(state, part.sequence, "stop")
         for row, sequence in rows.sampled:
             state = self._requests.get(sequence.request_id)
             if state is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import tempfile
 import time
 from collections.abc import Callable, Collection
@@ -19,7 +20,7 @@ from ryzanstein_jax.cache import cache_dir
 from ryzanstein_jax.checkpoint.assemble import LoadReport, load_params
 from ryzanstein_jax.checkpoint.converted import ConvertedWeights
 from ryzanstein_jax.checkpoint.dummy import dummy_params
-from ryzanstein_jax.checkpoint.files import ModelFiles, open_source
+from ryzanstein_jax.checkpoint.files import SNAPSHOT_POOLING, ModelFiles, open_source
 from ryzanstein_jax.checkpoint.source import WeightSource
 from ryzanstein_jax.config import EngineConfig
 from ryzanstein_jax.engine.open import open_model, save_tokenizer
@@ -207,6 +208,9 @@ def snapshot_model(config: EngineConfig, folder: str | Path, *, overwrite: bool 
             extra = save_tokenizer(opened.tokenizer, Path(scratch))
         elif files.tokenizer is not None:
             extra.append(files.tokenizer)
+        if files.pooling_config:
+            extra.append(Path(scratch) / SNAPSHOT_POOLING)
+            extra[-1].write_text(json.dumps(files.pooling_config))
         return save_snapshot(folder, arrays, params, spec, sizes, config=files.config, files=extra, overwrite=overwrite)
 
 

@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ryzanstein_jax.checkpoint.files import ModelFiles, resolve_model
-from ryzanstein_jax.config import EngineConfig
+from ryzanstein_jax.config import POOLINGS, EngineConfig
 from ryzanstein_jax.engine.tokens import Tokenizer
-from ryzanstein_jax.errors import ConfigError
+from ryzanstein_jax.errors import ConfigError, RequestError
 from ryzanstein_jax.model.families import spec_from_config
 from ryzanstein_jax.model.spec import ModelSpec
+from ryzanstein_jax.request import PoolingParams
+
+#: Poolings of sentence-transformers and what they are here, where vectors have length 1.
+_POOLINGS = {"lasttoken": "last", "mean_tokens": "mean", "mean": "mean", "mean_sqrt_len_tokens": "mean"}
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,39 @@ class OpenModel:
     spec: ModelSpec
     tokenizer: Tokenizer | None
     eos_token_ids: tuple[int, ...]
+
+    def pooling_params(self, pooling: str | None = None, dimensions: int | None = None) -> PoolingParams:
+        """How embeddings are made where nothing else is asked: as the model's folder says, or else of the last token.
+
+        Args:
+            pooling: overrules the folder.
+            dimensions: as `PoolingParams` has it.
+
+        Raises:
+            RequestError: the folder asks for what is not there, or there are fewer dimensions.
+        """
+        if dimensions is not None and dimensions > self.spec.hidden_size:
+            raise RequestError("dimensions", dimensions, f"embeddings of this model have {self.spec.hidden_size}")
+        return PoolingParams(pooling=pooling or pooling_of(self.files.pooling_config), dimensions=dimensions)
+
+
+def pooling_of(config: dict[str, Any]) -> str:
+    """The pooling that a `1_Pooling/config.json` asks for, in either of its spellings; "last" where it is empty.
+
+    Raises:
+        RequestError: it is another one, or several at once.
+    """
+    if not config:
+        return "last"
+    asked = config.get("pooling_mode")
+    named = [asked] if isinstance(asked, str) else asked
+    if named is None:
+        named = [name.removeprefix("pooling_mode_") for name, value in config.items() if value is True]
+        named = [name for name in named if name != "include_prompt"]
+    if isinstance(named, list) and len(named) == 1 and isinstance(named[0], str) and named[0] in _POOLINGS:
+        return _POOLINGS[named[0]]
+    remedy = f"the model's 1_Pooling/config.json asks for it; set embedding_pooling to one of {', '.join(POOLINGS)}"
+    raise RequestError("pooling", str(named)[:200], remedy)
 
 
 def open_model(config: EngineConfig) -> OpenModel:

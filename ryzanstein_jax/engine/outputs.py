@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import time
 
+import numpy as np
+
+from ryzanstein_jax.engine.plan_builder import PoolPart
 from ryzanstein_jax.engine.sequence import Sequence
 from ryzanstein_jax.engine.tokens import IncrementalDetokenizer, Tokenizer
+from ryzanstein_jax.errors import RyzansteinError
 from ryzanstein_jax.plan import StepResult
 from ryzanstein_jax.request import (
     CompletionOutput,
     Logprob,
+    PoolingParams,
     RequestOutput,
     RequestTimings,
     SamplingParams,
     TokenLogprobs,
 )
+
+
+class HiddenStateError(RyzansteinError):
+    """The model gave a hidden state of which no embedding can be made."""
 
 
 class RequestState:
@@ -33,8 +42,10 @@ class RequestState:
         params: SamplingParams,
         sequences: list[Sequence],
         tokenizer: Tokenizer | None,
+        pooling: PoolingParams | None = None,
     ):
-        self.params, self.sequences = params, sequences
+        self.params, self.sequences, self.pooling = params, sequences, pooling
+        self._sum: np.ndarray | None = None  # of the hidden states so far
         self._tokenizer = tokenizer if params.detokenize else None
         self.output = RequestOutput(
             request_id=request_id,
@@ -73,6 +84,21 @@ class RequestState:
         assert len(scored) == position
         token, wanted = sequence.token_ids[position], self.params.prompt_logprobs or 0
         scored.append(self._logprobs(token, wanted, result, row))
+
+    def pool(self, part: PoolPart, result: StepResult) -> None:
+        """Takes a part of the embedding; parts come in order, and from the beginning again after a preemption."""
+        assert self.pooling is not None
+        found = result.pooled[part.pool].astype(np.float64)
+        if self.pooling.pooling == "mean" and part.begin > 0:
+            assert self._sum is not None
+            found += self._sum
+        self._sum = found
+        if part.is_last:  # of length 1, which makes dividing by the number of tokens needless
+            kept = found[: self.pooling.dimensions]
+            length = float(np.linalg.norm(kept))
+            if not np.isfinite(length) or not length:
+                raise HiddenStateError(f"the hidden states add up to a vector of length {length}")
+            self.output.embedding = (kept / length).astype(np.float32)
 
     def append(self, sequence: Sequence, result: StepResult, row: int) -> str | None:
         """Takes the newest token of a sequence; returns the stop string that it completes."""

@@ -18,6 +18,25 @@ from ryzanstein_jax.plan import BIAS, ROW, StepPlan
 _SCORING_ROW = np.array([(0, 0, 0, (0, 0), 0.0, 0, 1.0, 0.0, 1.0, 0.0, 0.0, 0, -1)], ROW)
 
 
+@dataclass(frozen=True, slots=True)
+class PoolPart:
+    """What one pool of a step stands for: the sum over tokens `begin` to `end` of a sequence's prompt.
+
+    Attributes:
+        pool: its number in the step.
+    """
+
+    pool: int
+    sequence: Sequence
+    begin: int
+    end: int
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the sequence has all that it wants with it."""
+        return self.end == self.sequence.prompt_len
+
+
 @dataclass(slots=True)
 class StepRows:
     """What the rows of one step stand for.
@@ -26,16 +45,24 @@ class StepRows:
         step: number of the step.
         sampled: (row, sequence) of each token to sample.
         scored: (row, sequence, position) of each prompt token to score.
+        pooled: the parts of embeddings.
         members: all sequences of the step, also those without a row.
     """
 
     step: int
     sampled: list[tuple[int, Sequence]] = field(default_factory=list)
     scored: list[tuple[int, Sequence, int]] = field(default_factory=list)
+    pooled: list[PoolPart] = field(default_factory=list)
     members: list[Sequence] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.sampled) + len(self.scored)
+
+    def drop_ended(self) -> None:
+        """A sequence may have been aborted, or stopped by its previous token, while this step ran."""
+        self.sampled = [(row, sequence) for row, sequence in self.sampled if not sequence.finished]
+        self.scored = [entry for entry in self.scored if not entry[1].finished]
+        self.pooled = [part for part in self.pooled if not part.sequence.finished]
 
 
 class StepRoom:
@@ -133,6 +160,7 @@ class PlanBuilder:
         everyone = decodes + [sequence for sequence, _ in chunks]
         meaning = StepRows(step, list(enumerate(decodes)), members=everyone)
         wanted = max([s.num_logprobs for s in decodes], default=-1)
+        pools: list[tuple[int, int]] = []
 
         for number, (sequence, length) in enumerate(chunks, start=count):
             begin = sequence.num_computed
@@ -151,7 +179,12 @@ class PlanBuilder:
                     row_positions.append(position)
                     row_targets.append(sequence.token_ids[position])
                     wanted = max(wanted, sequence.params.prompt_logprobs or 0)
-            if end == sequence.num_tokens:
+            if sequence.pooling is not None:
+                first = begin if sequence.pooling == "mean" else end - 1
+                if sequence.pooling == "mean" or end == sequence.num_tokens:
+                    meaning.pooled.append(PoolPart(len(pools), sequence, first, end))
+                    pools.append((token_offset + first, token_offset + end - 1))
+            elif end == sequence.num_tokens:
                 meaning.sampled.append((len(row_tokens), sequence))
                 row_tokens.append(token_offset + end - 1)
                 row_seqs.append(number)
@@ -178,6 +211,7 @@ class PlanBuilder:
             num_logprobs=wanted,
             bias=bias,
             mask=mask,
+            pools=np.array(pools, np.int32).reshape(-1, 2),
         )
         return plan, meaning
 

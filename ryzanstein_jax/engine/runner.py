@@ -37,7 +37,7 @@ class Runner:
         self._allow_all = {
             count: programs.replicate(np.full((count, programs.mask_words), 0xFFFFFFFF, np.uint32)) for count in rows
         }
-        self._in_flight: deque[tuple[StepPlan, jax.Array, SampleResult | None]] = deque()
+        self._in_flight: deque[tuple[StepPlan, jax.Array, SampleResult | None, jax.Array]] = deque()
         self.limits = ExecutorLimits(
             num_pages=shapes.num_pages,
             page_size=shapes.page_size,
@@ -60,7 +60,7 @@ class Runner:
         with self._metrics.span("step_pack_seconds"):
             flat = self._layouts[bucket].pack(plan)
         with self._metrics.span("step_dispatch_seconds"):
-            logits, self._cache = programs.forwards[bucket](self._params, self._cache, flat, self._previous)
+            logits, self._cache, pooled = programs.forwards[bucket](self._params, self._cache, flat, self._previous)
             result = None
             if plan.full:
                 rows = self._full_layouts[bucket.sampled_rows].pack(plan)
@@ -71,10 +71,10 @@ class Runner:
                 tokens = programs.samplers[bucket.sampled_rows](
                     logits, self._row_layouts[bucket.sampled_rows].pack(plan)
                 )
-            for array in (tokens, *(result or ())):
+            for array in (tokens, *(result or ()), *([pooled] if len(plan.pools) else [])):
                 array.copy_to_host_async()
         self._previous = tokens
-        self._in_flight.append((plan, tokens, result))
+        self._in_flight.append((plan, tokens, result, pooled))
         self._metrics.count("steps")
         self._metrics.count("step_tokens", len(plan.token_ids))
         self._metrics.count("step_tokens_padded", bucket.tokens)
@@ -87,10 +87,11 @@ class Runner:
         """
         if not self._in_flight:
             raise EngineClosedError("no step is in flight")
-        plan, tokens, result = self._in_flight[0]
+        plan, tokens, result, pooled = self._in_flight[0]
         with self._metrics.span("step_fetch_seconds"):
             count = len(plan.rows)
-            step_result = StepResult(plan.step, np.asarray(tokens)[:count])
+            sums = {"pooled": np.asarray(pooled)[: len(plan.pools)]} if len(plan.pools) else {}
+            step_result = StepResult(plan.step, np.asarray(tokens)[:count], **sums)
             if result is not None and plan.num_logprobs >= 0:
                 wanted = plan.num_logprobs
                 step_result = StepResult(
@@ -100,6 +101,7 @@ class Runner:
                     np.asarray(result.ranks)[:count],
                     np.ascontiguousarray(np.asarray(result.top_tokens)[:count, :wanted]),
                     np.ascontiguousarray(np.asarray(result.top_logprobs)[:count, :wanted]),
+                    **sums,
                 )
         self._in_flight.popleft()
         return step_result
@@ -113,7 +115,7 @@ class Runner:
 
     def close(self) -> None:
         """Waits for what is in flight and lets go of the devices' memory."""
-        jax.block_until_ready([tokens for _, tokens, _ in self._in_flight])
+        jax.block_until_ready([tokens for _, tokens, *_ in self._in_flight])
         self._in_flight.clear()
         for array in jax.tree.leaves((self._cache, self._params)):
             if not array.is_deleted():

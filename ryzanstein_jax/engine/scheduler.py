@@ -112,9 +112,8 @@ class Scheduler:
                 f"use at most {self.max_length - 1}: the model's limit is {self.limits.max_model_len} tokens, and the "
                 f"KV cache holds {(self.limits.num_pages - 1) * self.limits.page_size}",
             )
-        wanted = sequence.params.max_tokens
-        longest = self.max_length if wanted is None else sequence.prompt_len + wanted
-        sequence.max_length = min(longest, self.max_length)
+        longest = sequence.longest
+        sequence.max_length = self.max_length if longest is None else min(longest, self.max_length)
 
     def finish(self, sequence: Sequence, reason: str, stop_reason: int | str | None = None) -> None:
         """Ends a sequence, wherever it is, and frees its pages. Tokens still in flight for it are dropped."""
@@ -165,18 +164,21 @@ class Scheduler:
         if not self._in_flight or self._in_flight[0].step != result.step:
             raise StepMismatchError(f"result of step {result.step}, expected one of {list(self._in_flight)[:1]}")
         rows = self._in_flight.popleft()
-        if len(result.tokens) != len(rows):
-            raise StepMismatchError(f"step {result.step} has {len(rows)} rows, its result {len(result.tokens)}")
+        found = len(result.tokens), len(result.pooled)
+        if found != (len(rows), len(rows.pooled)):
+            wanted = f"{len(rows)} rows and {len(rows.pooled)} pools"
+            raise StepMismatchError(f"step {result.step} has {wanted}, its result {found[0]} and {found[1]}")
         tokens = result.tokens.tolist()
-        # A sequence may have been aborted, or stopped by its previous token, while this step ran.
-        rows.sampled = [(row, sequence) for row, sequence in rows.sampled if sequence.finish_reason is None]
-        rows.scored = [entry for entry in rows.scored if entry[1].finish_reason is None]
+        rows.drop_ended()
         for _, sequence, position in rows.scored:
             sequence.num_scored_known = position + 1
         for row, sequence in rows.sampled:
             if sequence.pending_step == rows.step:
                 sequence.pending_row = sequence.pending_step = -1
             self._append(sequence, tokens[row])
+        for part in rows.pooled:
+            if part.is_last:
+                self.finish(part.sequence, "stop")
         return rows
 
     def blame(self) -> None:
@@ -279,7 +281,7 @@ class Scheduler:
         """
         room = StepRoom(self.limits, len(decodes))
         for sequence in self.running:
-            if sequence.num_remaining > 1 and alone in (None, sequence):
+            if sequence.runs_as_chunk and alone in (None, sequence):
                 if not room.is_open:
                     return room.chunks
                 self._take_chunk(sequence, room)
@@ -300,9 +302,8 @@ class Scheduler:
             sequence = alone or self.waiting[index]
             assert sequence.pending_row < 0, "its last token is a step old by now, so it must be known"
             shared: list[int] = []
-            # At least one token is left to run: its logits are what the next one is sampled from. And log-probabilities
-            # of a prompt need the logits of all its tokens.
-            keys = [] if sequence.scores_prompt else self._keys(sequence, (sequence.num_tokens - 1) // page_size)
+            # At least one token is left to run: its logits are what the next one is sampled from.
+            keys = [] if sequence.needs_whole_prompt else self._keys(sequence, (sequence.num_tokens - 1) // page_size)
             if keys:
                 shared = self.pool.match(keys)
                 if len(shared) < len(keys) and keys[len(shared)] in room.promised:
@@ -322,11 +323,11 @@ class Scheduler:
             self._admitted.append(sequence)
             self._num_prefix_queries += len(keys) * page_size
             self._num_prefix_hits += sequence.num_cached
-            if sequence.num_remaining == 1:
+            if sequence.runs_as_chunk:
+                self._take_chunk(sequence, room)
+            else:
                 decodes.append(sequence)
                 room.num_rows -= 1
-            else:
-                self._take_chunk(sequence, room)
             if alone is not None:
                 return
 

@@ -29,6 +29,7 @@ class Sequence:
         order: who goes first: (priority, number of the request, index); lower is earlier.
         token_ids: prompt and the known tokens of the completion.
         key: seed of its sampling as two words (high, low), as `jax.random.PRNGKey` has them.
+        pooling: "last" or "mean" where it samples nothing, and its hidden states are wanted instead; else None.
         max_length: most tokens of prompt and completion together.
         pending_row, pending_step: row and step that sample its last token; -1 where it is known.
         num_scored: prompt positions whose log-probability was asked of the device; `num_scored_known` of them
@@ -66,6 +67,7 @@ class Sequence:
         "params",
         "pending_row",
         "pending_step",
+        "pooling",
         "prompt_len",
         "request_id",
         "slot",
@@ -87,9 +89,10 @@ class Sequence:
         order: tuple[int, int, int] = (0, 0, 0),
         eos_token_ids: tuple[int, ...] = (),
         matcher: Matcher | None = None,
+        pooling: str | None = None,
     ):
         self.request_id, self.index, self.params, self.order, self.key = request_id, index, params, order, key
-        self.matcher = matcher
+        self.matcher, self.pooling = matcher, pooling
         self.token_ids = list(prompt_token_ids)
         self.prompt_len = len(prompt_token_ids)
         # The prompt is the same for all of a request's completions: the first one scores it.
@@ -132,6 +135,22 @@ class Sequence:
     def num_remaining(self) -> int:
         """Tokens to run before the next one can be sampled."""
         return self.num_tokens - self.num_computed
+
+    @property
+    def runs_as_chunk(self) -> bool:
+        """Whether what remains is run as part of a prompt. A single token is a decode, unless nothing is sampled."""
+        return self.num_remaining > (0 if self.pooling else 1)
+
+    @property
+    def needs_whole_prompt(self) -> bool:
+        """Whether each token of the prompt has to be computed, also those that the prefix cache holds."""
+        return self.scores_prompt or self.pooling == "mean"
+
+    @property
+    def longest(self) -> int | None:
+        """Most tokens of prompt and completion as the request wants it; None for as many as there can be."""
+        wanted = 0 if self.pooling else self.params.max_tokens
+        return None if wanted is None else self.prompt_len + wanted
 
     @property
     def may_sample(self) -> bool:

@@ -62,6 +62,18 @@ def top_tokens(tokens: Sequence[int], vocab: int, count: int) -> list[int]:
     return [(start + i) % vocab for i in range(count)]
 
 
+def hidden(tokens: Sequence[int]) -> np.ndarray:
+    """Hidden state at the last of these tokens: small whole numbers, which add up without rounding."""
+    return np.array([digest("hidden", list(tokens), place) % 1000 - 500 for place in range(3)], np.float32)
+
+
+def embedding(prompt: Sequence[int], pooling: str) -> np.ndarray:
+    """What a request for an embedding gets."""
+    states = [hidden(prompt[: place + 1]) for place in range(len(prompt))]
+    found = np.sum(states if pooling == "mean" else states[-1:], axis=0, dtype=np.float64)
+    return (found / np.linalg.norm(found)).astype(np.float32)
+
+
 def settings_of(params: SamplingParams, prompt_len: int) -> list[float]:
     return [
         params.temperature,
@@ -163,6 +175,10 @@ class FakeExecutor:
         assert (starts[plan.rows["seq"]] <= plan.rows["token"]).all()
         assert (plan.rows["token"] < (starts + plan.query_lens)[plan.rows["seq"]]).all()
         assert (plan.rows["position"] == plan.positions[plan.rows["token"]] + 1).all()
+        owners = np.repeat(np.arange(len(plan.query_lens)), plan.query_lens)[plan.pools]
+        assert (owners[:, 0] == owners[:, 1]).all(), "a pool over two sequences"
+        assert (owners >= plan.num_decodes).all(), "a pool outside the prompts"
+        assert len(set(owners[:, 0].tolist())) == len(plan.pools), "two pools of one sequence"
 
     def _resolve(self, plan: StepPlan) -> np.ndarray:
         tokens = plan.token_ids.astype(np.int64)
@@ -210,8 +226,15 @@ class FakeExecutor:
             sampled.append(chosen)
             logprobs.append(logprob(context, chosen))
             top.append(top_tokens(context, self.limits.vocab_size, count))
+        owners = np.repeat(np.arange(len(views)), plan.query_lens)
+        pooled = np.zeros((len(plan.pools), 3), np.float32)
+        for number, (first, last) in enumerate(plan.pools.tolist()):
+            for token in range(first, last + 1):
+                seen = views[owners[token]][: plan.positions[token] + 1]
+                assert (seen[:, 1] == np.arange(len(seen))).all(), "a token that was never written, or moved"
+                pooled[number] += hidden(seen[:, 0].tolist())
         if plan.num_logprobs < 0:
-            return StepResult(plan.step, np.array(sampled, np.int32))
+            return StepResult(plan.step, np.array(sampled, np.int32), pooled=pooled)
         best = np.array(top, np.int32).reshape(len(top), count)
         return StepResult(
             plan.step,
@@ -220,6 +243,7 @@ class FakeExecutor:
             np.full(len(sampled), 7, np.int32),
             best,
             -best.astype(np.float32),
+            pooled,
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -11,8 +12,8 @@ from ryzanstein_jax.config import EngineConfig
 from ryzanstein_jax.engine.engine import Engine
 from ryzanstein_jax.engine.sequence import sampling_key
 from ryzanstein_jax.errors import RequestError
-from ryzanstein_jax.request import RequestOutput, SamplingParams
-from tests.engine.fake_executor import FakeExecutor, limits, logprob, reference
+from ryzanstein_jax.request import PoolingParams, RequestOutput, SamplingParams
+from tests.engine.fake_executor import FakeExecutor, embedding, limits, logprob, reference
 
 EOS = (3,)
 VOCAB = 12
@@ -46,6 +47,7 @@ params = st.builds(
     st.sampled_from([None, None, None, 0, 1]),
     st.sampled_from([0.0, 0.0, 0.5]),
 )
+poolings = st.sampled_from([PoolingParams(pooling="last"), PoolingParams(pooling="mean")])
 machines = st.builds(
     lambda pages, size, seqs, tokens, prefills, rows: limits(
         num_pages=pages,
@@ -67,6 +69,7 @@ machines = st.builds(
 actions = st.one_of(
     st.tuples(st.just("add"), prompts, params, st.integers(0, 2)),
     st.tuples(st.just("add"), prompts, params, st.integers(0, 2)),
+    st.tuples(st.just("add"), prompts, poolings, st.integers(0, 2)),
     st.tuples(st.just("step"), st.integers(1, 6)),
     st.tuples(st.just("abort"), st.integers(0, 20)),
     st.tuples(st.just("recover"), st.integers(0, 3), st.sampled_from([1, 2, 4])),
@@ -83,12 +86,12 @@ class Run:
             eos_token_ids=EOS,
             config=EngineConfig(model="none", enable_prefix_caching=caching),
         )
-        self.asked: dict[str, tuple[list[int], SamplingParams]] = {}
+        self.asked: dict[str, tuple[list[int], SamplingParams | PoolingParams]] = {}
         self.aborted: set[str] = set()
         self.finished: dict[str, RequestOutput] = {}
         self.max_length = self.engine._scheduler.max_length
 
-    def add(self, prompt: list[int], params: SamplingParams, priority: int) -> None:
+    def add(self, prompt: list[int], params: SamplingParams | PoolingParams, priority: int) -> None:
         name = f"request {len(self.asked)}"
         try:
             self.engine.add(name, prompt, params, priority=priority)
@@ -123,6 +126,9 @@ class Run:
         for name, (prompt, params) in self.asked.items():
             output = self.finished[name]
             assert output.error is None
+            if isinstance(params, PoolingParams):
+                self.verify_embedding(name, prompt, params.pooling)
+                continue
             for completion in output.outputs:
                 key = sampling_key(params.seed, completion.index)
                 tokens, reason, stop = reference(prompt, params, key, eos=EOS, vocab=VOCAB, max_length=self.max_length)
@@ -149,6 +155,16 @@ class Run:
                     assert entry[token].logprob == logprob(prompt[:position], token)
         stats = self.engine.stats()
         assert stats.num_pages_used == stats.num_running == stats.num_waiting == 0
+
+    def verify_embedding(self, name: str, prompt: list[int], pooling: str) -> None:
+        (completion,), found = self.finished[name].outputs, self.finished[name].embedding
+        assert completion.token_ids == [] and completion.text == ""
+        if completion.finish_reason == "abort":
+            assert name in self.aborted
+        else:
+            assert completion.finish_reason == "stop"
+            np.testing.assert_array_equal(found, embedding(prompt, pooling))
+            assert pooling == "last" or self.finished[name].num_cached_tokens == 0
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])

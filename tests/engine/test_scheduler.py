@@ -301,7 +301,7 @@ def test_a_result_of_another_step_is_refused():
     scheduler.schedule()
     with pytest.raises(StepMismatchError, match="step 1"):
         scheduler.commit(StepResult(1, np.zeros(1, np.int32)))
-    with pytest.raises(StepMismatchError, match="1 rows, its result 2"):
+    with pytest.raises(StepMismatchError, match="1 rows and 0 pools, its result 2 and 0"):
         scheduler.commit(StepResult(0, np.zeros(2, np.int32)))
 
 

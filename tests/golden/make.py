@@ -10,6 +10,7 @@ Each family gets a folder beside this script:
                         logits         float32 [40, vocab]  of the prompt
                         generated      int32   [16]         greedy continuation
                         decode_logits  float32 [16, vocab]  row i chose generated[i]; row 0 is logits[39]
+    hidden.npy          float32 [40, hidden]    of `WITH_HIDDEN` only: the prompt's hidden states after the last norm
 
 The reference is computed in float32, with eager attention and no cache, from the bfloat16-rounded weights.
 Weights are large and nothing is left at a neutral value (norms, biases), so that a dropped bias, a wrong
@@ -30,7 +31,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # everything here is made from nothing
 import numpy as np
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 VOCAB, PROMPT, GENERATED = 131, 40, 16
 MARGIN = 1e-3  # between the first and second choice, so that rounding cannot change it
@@ -90,6 +91,10 @@ FAMILIES = {
     "mixtral": Family("mixtral", rope(1e6), MIXTRAL, published={}),
     "qwen3_moe": Family("qwen3_moe", rope(1e6), QWEN_MOE),
 }
+
+
+#: What embeddings are checked with: the family that most embedding models are of, and one with another final norm.
+WITH_HIDDEN = ("qwen3", "gemma2")
 
 
 def randomize(model: PreTrainedModel, seed: int) -> None:
@@ -159,6 +164,13 @@ def publish(config: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
     return dict(sorted((config | extra).items()))
 
 
+@torch.no_grad()
+def hidden(folder: Path, prompt: np.ndarray) -> np.ndarray:
+    """The contents of hidden.npy, of the checkpoint in a folder."""
+    model = AutoModel.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32)
+    return model(torch.tensor(prompt[None]), use_cache=False).last_hidden_state[0].numpy()
+
+
 def make(name: str, folder: Path) -> None:
     family = FAMILIES[name]
     config = AutoConfig.for_model(family.model_type, rope_parameters=family.rope_parameters, **COMMON | family.settings)
@@ -186,6 +198,9 @@ def make(name: str, folder: Path) -> None:
         logits = reloaded(torch.tensor(tokens[None]), use_cache=False).logits[0].numpy()
     np.testing.assert_array_equal(logits[:PROMPT], expected["logits"])
     np.testing.assert_array_equal(logits[PROMPT - 1 : -1], expected["decode_logits"])
+
+    if name in WITH_HIDDEN:
+        np.save(folder / "hidden.npy", hidden(folder, expected["prompt"]))
 
     size, spread = sum(path.stat().st_size for path in folder.iterdir()) / 1000, expected["logits"].std()
     print(f"{name:17} seed {seed:3}  {size:5.0f} kB  logits std {spread:.2f}  {expected['generated'].tolist()}")
