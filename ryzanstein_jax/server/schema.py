@@ -8,8 +8,7 @@ from pydantic import BaseModel, BeforeValidator, Field, ValidationError, WithJso
 from pydantic_core import PydanticCustomError
 
 from ryzanstein_jax.request import MAX_N, MAX_STOPS
-from ryzanstein_jax.server.chat_format import ResponseFormat, StructuredOutputs, ToolCall, ToolChoice, Tools
-from ryzanstein_jax.server.chat_format import Strict as _Strict
+from ryzanstein_jax.server.chat_format import ResponseFormat, Strict, StructuredOutputs, ToolCall, ToolChoice, Tools
 from ryzanstein_jax.server.problems import INVALID, ApiError
 
 #: Fields of OpenAI's API that this server has not, and the values that ask for nothing; null always does.
@@ -43,8 +42,15 @@ _UNSUPPORTED_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
 }
 
 
-def _without_unsupported(value: Any, unsupported: dict[str, tuple[Any, ...]]) -> Any:
-    """The object without fields that ask for nothing; one that asks for what is not there is an error."""
+def without_unsupported(value: Any, unsupported: dict[str, tuple[Any, ...]]) -> Any:
+    """The object without fields that ask for nothing; one that asks for what is not there is an error.
+
+    Args:
+        unsupported: fields that this server has not, and the values that ask for nothing; null always does.
+
+    Raises:
+        PydanticCustomError: "unsupported", with the name of the field.
+    """
     if not isinstance(value, dict):
         return value
     for name in unsupported.keys() & value.keys():
@@ -59,7 +65,7 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     """What a stream brings beside text."""
 
     include_usage: bool | None = None
@@ -76,7 +82,7 @@ Stops = Annotated[
 Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
-class Sampling(_Strict):
+class Sampling(Strict):
     """Fields that completions and chats have in common. Those after `user` are this server's own, named as vLLM's."""
 
     model: str
@@ -111,7 +117,7 @@ class Sampling(_Strict):
     @model_validator(mode="before")
     @classmethod
     def _refuse_unsupported(cls, value: Any) -> Any:
-        return _without_unsupported(value, UNSUPPORTED)
+        return without_unsupported(value, UNSUPPORTED)
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> Sampling:
@@ -122,7 +128,7 @@ class Sampling(_Strict):
         return self
 
 
-_PROMPT = {
+PROMPT_SCHEMA = {
     "anyOf": [
         {"type": "string"},
         {"type": "array", "items": {"type": "string"}},
@@ -136,8 +142,8 @@ def _is_tokens(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(type(token) is int for token in value)
 
 
-def _as_prompts(value: Any) -> list[Any]:
-    """One prompt or several, each text or tokens, as a list of them."""
+def as_prompts(value: Any) -> list[Any]:
+    """One prompt or several, each text or tokens, as a list of them. Raises PydanticCustomError."""
     if isinstance(value, str) or _is_tokens(value):
         return [value]
     if isinstance(value, list) and value and all(isinstance(prompt, str) or _is_tokens(prompt) for prompt in value):
@@ -148,7 +154,7 @@ def _as_prompts(value: Any) -> list[Any]:
 class CompletionRequest(Sampling):
     """`POST /v1/completions`."""
 
-    prompt: Annotated[list[Any], BeforeValidator(_as_prompts), WithJsonSchema(_PROMPT)]
+    prompt: Annotated[list[Any], BeforeValidator(as_prompts), WithJsonSchema(PROMPT_SCHEMA)]
     max_tokens: Annotated[int, Field(ge=0, lt=1 << 30)] | None = None
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0)] | None = None
@@ -199,7 +205,7 @@ def _is_content(value: Any) -> Any:
     return _as_text(value)
 
 
-class Message(_Strict):
+class Message(Strict):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -211,7 +217,7 @@ class Message(_Strict):
     @model_validator(mode="before")
     @classmethod
     def _refuse_unsupported(cls, value: Any) -> Any:
-        return _without_unsupported(value, _UNSUPPORTED_IN_MESSAGE)
+        return without_unsupported(value, _UNSUPPORTED_IN_MESSAGE)
 
     @model_validator(mode="after")
     def _check_role(self) -> Message:
@@ -277,7 +283,7 @@ class ChatRequest(Sampling):
         return self
 
 
-class TokenizeRequest(_Strict):
+class TokenizeRequest(Strict):
     """`POST /tokenize`: a prompt, or a conversation."""
 
     model: str | None = None
@@ -294,7 +300,7 @@ class TokenizeRequest(_Strict):
         return self
 
 
-class DetokenizeRequest(_Strict):
+class DetokenizeRequest(Strict):
     """`POST /detokenize`."""
 
     model: str | None = None
