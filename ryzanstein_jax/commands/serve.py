@@ -45,6 +45,9 @@ def serve(
     drain_seconds: Annotated[float, typer.Option(help="How long requests may go on after SIGTERM.")] = 30.0,
     keep_alive_seconds: Annotated[float, typer.Option(help="Silence after which a stream gets a comment.")] = 5.0,
     write_seconds: Annotated[float, typer.Option(help="How long a client may leave its answer unread.")] = 60.0,
+    embedding_pooling: Annotated[
+        str | None, typer.Option(help='What embeddings are made of, "last" or "mean"; the model says it if not given.')
+    ] = None,
     tokenizer: Annotated[str | None, typer.Option(help="Folder or id, where the model brings none.")] = None,
     tp: Width = 1,
     dtype: Dtype = "auto",
@@ -81,8 +84,12 @@ def serve(
         write_seconds=write_seconds,
     )
     settings = engine_settings(tp, dtype, max_model_len, memory_fraction, load_format=load_format, tokenizer=tokenizer)
-    sizes = {"max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens}
-    settings |= {name: size for name, size in sizes.items() if size is not None}
+    given = {
+        "max_num_seqs": max_num_seqs,
+        "max_num_batched_tokens": max_num_batched_tokens,
+        "embedding_pooling": embedding_pooling,
+    }
+    settings |= {name: value for name, value in given.items() if value is not None}
     settings |= profile_settings(profile, profile_steps)
     make_config(model, settings)  # refuses what is wrong before anything listens
     # A path says more about this machine than clients need to know.

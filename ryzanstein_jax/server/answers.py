@@ -61,6 +61,10 @@ class Answer(ABC):
 
     # --- offered
 
+    def first(self) -> Iterator[Json]:
+        """What a stream begins with, before there is a token: nothing."""
+        return iter(())
+
     def take(self, piece: Piece) -> Iterator[Json]:
         """Chunks of a stream for one piece."""
         chunk = piece.chunk

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -18,14 +19,27 @@ from starlette.types import ASGIApp
 
 from ryzanstein_jax.errors import RyzansteinError
 from ryzanstein_jax.server.answers import Answer, ChatAnswer, CompletionAnswer
+from ryzanstein_jax.server.embeddings import EmbeddingAnswer, EmbeddingRequest
 from ryzanstein_jax.server.encode import Conversation, Input
 from ryzanstein_jax.server.gate import Gate
 from ryzanstein_jax.server.generation import Generation
 from ryzanstein_jax.server.health import ALIVE
-from ryzanstein_jax.server.http import EventStream, closing, data, error_response, note, read_body, while_connected
-from ryzanstein_jax.server.jobs import chat_job, completion_job
+from ryzanstein_jax.server.http import (
+    DONE,
+    EventStream,
+    closing,
+    data,
+    error_response,
+    note,
+    read_body,
+    typed_data,
+    while_connected,
+)
+from ryzanstein_jax.server.jobs import chat_job, completion_job, embedding_job, response_job, response_params
 from ryzanstein_jax.server.openapi import openapi
-from ryzanstein_jax.server.problems import ApiError
+from ryzanstein_jax.server.problems import ApiError, as_api_error
+from ryzanstein_jax.server.responses import ResponseAnswer
+from ryzanstein_jax.server.responses_schema import ResponseRequest
 from ryzanstein_jax.server.schema import (
     ChatRequest,
     CompletionRequest,
@@ -68,14 +82,46 @@ class _Routes:
         job = chat_job(asked, self._config, advice, self._service.encoder.tokenizer)
         return await self._answer(request, asked, job, ChatAnswer)
 
-    async def _answer(self, request: Request, asked: Sampling, job: Job, kind: type[Answer]) -> Response | EventStream:
-        def begin(generation: Generation) -> Answer:
+    async def responses(self, request: Request) -> Response | EventStream:
+        asked = await self._read(ResponseRequest, request)
+        self._service.check_model(asked.model)
+        params = response_params(asked, self._service.backend.get_default_sampling_params())
+        return await self._answer(request, asked, response_job(asked, params), partial(ResponseAnswer, params=params))
+
+    async def embeddings(self, request: Request) -> Response:
+        asked = await self._read(EmbeddingRequest, request)
+        self._service.check_model(asked.model)
+        job = embedding_job(asked, self._service.backend.get_pooling_params(asked.dimensions))
+
+        async def whole() -> bytes:
+            async with self._service.run(job) as generation:
+                answer = EmbeddingAnswer(asked, generation.prompts, model=self._service.model)
+                while not generation.ended:
+                    piece = await generation.next()
+                    if piece is not None:
+                        answer.note(piece)
+                note(request.scope, inputs=len(asked.input), prompt_tokens=answer.usage()["prompt_tokens"])
+                return await asyncio.to_thread(answer.body)
+
+        return Response(await while_connected(request.receive, whole()), media_type="application/json")
+
+    async def _answer(
+        self,
+        request: Request,
+        asked: Sampling | ResponseRequest,
+        job: Job,
+        kind: Callable[..., Answer | ResponseAnswer],
+    ) -> Response | EventStream:
+        typed = isinstance(asked, ResponseRequest)
+        frame = typed_data if typed else data
+
+        def begin(generation: Generation) -> Answer | ResponseAnswer:
             service = self._service
             fingerprint = f"ryzanstein_{service.version}"
             tokenizer = service.encoder.tokenizer
             return kind(asked, generation.prompts, tokenizer, model=service.model, fingerprint=fingerprint)
 
-        def finish(answer: Answer) -> None:
+        def finish(answer: Answer | ResponseAnswer) -> None:
             usage = answer.usage()
             note(
                 request.scope,
@@ -96,16 +142,26 @@ class _Routes:
 
         async def events(generation: Generation) -> AsyncIterator[bytes | None]:
             answer = begin(generation)
-            while not generation.ended:
-                piece = await generation.next(self._config.keep_alive_seconds)
-                if piece is not None:
-                    for event in answer.take(piece):
-                        yield data(event)
-                elif not generation.ended:
-                    yield None
+            for event in answer.first():
+                yield frame(event)
+            try:
+                while not generation.ended:
+                    piece = await generation.next(self._config.keep_alive_seconds)
+                    if piece is not None:
+                        for event in answer.take(piece):
+                            yield frame(event)
+                    elif not generation.ended:
+                        yield None
+            except Exception as error:
+                if not isinstance(answer, ResponseAnswer):
+                    raise
+                problem = as_api_error(error)
+                note(request.scope, error=problem.code or problem.kind)
+                yield frame(answer.failed(problem))
+                return
             finish(answer)
             for event in answer.last():
-                yield data(event)
+                yield frame(event)
 
         @asynccontextmanager
         async def opened() -> AsyncIterator[AsyncIterator[bytes | None]]:
@@ -114,7 +170,8 @@ class _Routes:
 
         if asked.stream:
             note(request.scope, stream=True)
-            return EventStream(opened, self._config, self._service.instruments.keep_alives.inc)
+            end = b"" if typed else DONE
+            return EventStream(opened, self._config, self._service.instruments.keep_alives.inc, end)
         return JSONResponse(await while_connected(request.receive, whole()))
 
     # --- tokens
@@ -193,6 +250,8 @@ def make_app(service: Service) -> ASGIApp:
     table = [
         Route("/v1/completions", routes.completions, methods=["POST"]),
         Route("/v1/chat/completions", routes.chat, methods=["POST"]),
+        Route("/v1/embeddings", routes.embeddings, methods=["POST"]),
+        Route("/v1/responses", routes.responses, methods=["POST"]),
         Route("/v1/models", routes.models, methods=["GET"]),
         Route("/v1/models/{name:path}", routes.model, methods=["GET"]),
         Route("/tokenize", routes.tokenize, methods=["POST"]),

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from ryzanstein_jax.engine.scheduler import SchedulerStats
 from ryzanstein_jax.engine.tokens import Tokenizer
 from ryzanstein_jax.metrics import Metrics
-from ryzanstein_jax.request import RequestOutput, SamplingParams
+from ryzanstein_jax.request import PoolingParams, RequestOutput, SamplingParams
 
 
 class Chunk(Protocol):
@@ -52,8 +52,14 @@ class Backend(Protocol):
 
     def get_default_sampling_params(self) -> SamplingParams: ...
 
+    def get_pooling_params(self, dimensions: int | None = None) -> PoolingParams: ...
+
     def stream(
-        self, prompt: Sequence[int], sampling_params: SamplingParams | None = None, *, priority: int = 0
+        self,
+        prompt: Sequence[int],
+        sampling_params: SamplingParams | PoolingParams | None = None,
+        *,
+        priority: int = 0,
     ) -> AsyncIterator[Any]: ...
 
     def compile_grammar(self, params: SamplingParams) -> None:

@@ -52,8 +52,10 @@ class Encoder:
         #: No token is longer, so a text of so many times as many characters has more tokens than are allowed.
         self._longest = max(map(len, tokenizer.backend.get_vocab(with_added_tokens=True)), default=1)
 
-    async def encode(self, inputs: Sequence[Input], most_tokens: int, *, special_tokens: bool = True) -> list[Prompt]:
-        """All prompts of a request.
+    async def encode(
+        self, inputs: Sequence[Input], most_tokens: int, *, special_tokens: bool = True, param: str = "prompt"
+    ) -> list[Prompt]:
+        """All prompts of a request, which came in its field `param`.
 
         Raises:
             RequestError: one is malformed, or took too long.
@@ -61,7 +63,7 @@ class Encoder:
         """
         for one in inputs:
             if isinstance(one, str) and len(one) > most_tokens * self._longest:
-                raise too_long(most_tokens, f"{len(one)} characters", "prompt")
+                raise too_long(most_tokens, f"{len(one)} characters", param)
         if all(isinstance(one, list) for one in inputs):
             return [Prompt(None, one) for one in inputs if isinstance(one, list)]
 

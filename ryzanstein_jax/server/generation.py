@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from ryzanstein_jax.errors import DeadlineError, EngineClosedError
-from ryzanstein_jax.request import SamplingParams
+from ryzanstein_jax.request import PoolingParams, SamplingParams
 from ryzanstein_jax.server.backend import Backend, Chunk
 from ryzanstein_jax.server.encode import Prompt
 from ryzanstein_jax.server.health import Health
@@ -31,15 +31,17 @@ class Generation:
     Args:
         deadline: on the event loop's clock.
         arrived: when the request was let in, on the same clock.
+        at_once: how many of the prompts run at a time.
     """
 
     def __init__(
         self,
         backend: Backend,
         prompts: Sequence[Prompt],
-        params: SamplingParams,
+        params: SamplingParams | PoolingParams,
         *,
         priority: int,
+        at_once: int,
         deadline: float,
         arrived: float,
         instruments: Instruments,
@@ -52,6 +54,7 @@ class Generation:
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[Piece | BaseException | None] = asyncio.Queue()
         self._tasks: list[asyncio.Task[None]] = []
+        self._places = asyncio.Semaphore(at_once)
         self._running = 0  # prompts whose streams have not ended
         self._unfinished = len(prompts) * params.n
         self._state = "waiting"
@@ -121,7 +124,7 @@ class Generation:
         aborted = False
         try:
             stream: Any = self._backend.stream(token_ids, self._params, priority=self._priority)
-            async with contextlib.aclosing(stream) as chunks:
+            async with self._places, contextlib.aclosing(stream) as chunks:
                 async for chunk in chunks:
                     self._note(number, chunk)
                     if chunk.finish_reason in ("abort", "error"):
@@ -154,5 +157,6 @@ class Generation:
                     instruments.inter_token.observe(each)
             self._token_times[number, chunk.index] = now
         if chunk.finish_reason is not None:
+            self._token_times.setdefault((number, chunk.index), now)  # an embedding has no tokens
             instruments.finished.labels(chunk.finish_reason).inc()
             self._unfinished -= 1

@@ -100,6 +100,11 @@ def data(event: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(event, separators=(",", ":")).encode() + b"\n\n"
 
 
+def typed_data(event: dict[str, Any]) -> bytes:
+    """One event of a stream whose events have types, which stand before them too."""
+    return b"event: " + event["type"].encode() + b"\n" + data(event)
+
+
 class EventStream:
     """A response of server-sent events.
 
@@ -107,6 +112,7 @@ class EventStream:
         events: opens the source: an async iterator of events, ready to be sent; None where it was silent for
             `keep_alive_seconds`. What goes wrong before the first event is answered with a status of its own.
         silent: called for each comment that is sent instead of an event.
+        end: what follows the last event.
     """
 
     def __init__(
@@ -114,8 +120,9 @@ class EventStream:
         events: Callable[[], AbstractAsyncContextManager[AsyncIterator[bytes | None]]],
         config: ServerConfig,
         silent: Callable[[], None],
+        end: bytes = DONE,
     ):
-        self._events, self._config, self._silent = events, config, silent
+        self._events, self._config, self._silent, self._end = events, config, silent, end
         self._started = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -128,7 +135,8 @@ class EventStream:
                     if event is None:
                         self._silent()
                     await self._send(send, KEEP_ALIVE if event is None else event)
-            await self._send(send, DONE)
+            if self._end:
+                await self._send(send, self._end)
         except ClientGoneError:
             raise
         except Exception as error:  # noqa: BLE001 - the client learns of it, whatever it is

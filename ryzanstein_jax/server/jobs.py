@@ -7,9 +7,11 @@ from typing import Any
 
 from ryzanstein_jax.engine.tokens import Tokenizer
 from ryzanstein_jax.errors import RequestError
-from ryzanstein_jax.request import SamplingParams
+from ryzanstein_jax.request import PoolingParams, SamplingParams
 from ryzanstein_jax.server.chat_format import StructuredOutputs
+from ryzanstein_jax.server.embeddings import EmbeddingRequest
 from ryzanstein_jax.server.encode import Conversation
+from ryzanstein_jax.server.responses_schema import ResponseRequest
 from ryzanstein_jax.server.schema import ChatRequest, CompletionRequest, Sampling
 from ryzanstein_jax.server.service import Job
 from ryzanstein_jax.server.settings import ServerConfig
@@ -37,6 +39,8 @@ _SAME = (
 #: What the model's own advice is taken for where the request says nothing.
 _ADVISED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 _DEFAULT_COMPLETION_TOKENS = 16
+#: Embeddings of one request that run or wait at a time: enough for whole steps, and others have room beside them.
+_EMBEDDINGS_AT_ONCE = 64
 
 
 def completion_job(request: CompletionRequest, config: ServerConfig, advice: SamplingParams) -> Job:
@@ -105,6 +109,25 @@ def _form(
 
 def _structured(asked: StructuredOutputs) -> StructuredOutputsParams:
     return StructuredOutputsParams(**asked.model_dump(by_alias=True))
+
+
+def response_params(request: ResponseRequest, advice: SamplingParams) -> SamplingParams:
+    """Raises RequestError where a value is out of bounds."""
+    chosen = {name: getattr(advice, name) for name in _ADVISED}
+    chosen |= {name: value for name in ("temperature", "top_p") if (value := getattr(request, name)) is not None}
+    return SamplingParams(**chosen, max_tokens=request.max_output_tokens)
+
+
+def response_job(request: ResponseRequest, params: SamplingParams) -> Job:
+    """The conversation of a request, to be continued."""
+    conversation = Conversation(request.messages(), True, request.chat_template_kwargs or {})
+    return Job([conversation], params, request.priority or 0, request.deadline_seconds, param="input")
+
+
+def embedding_job(request: EmbeddingRequest, params: PoolingParams) -> Job:
+    """All inputs of a request, a part of them at a time."""
+    at_once = min(len(request.input), _EMBEDDINGS_AT_ONCE)
+    return Job(request.input, params, request.priority or 0, request.deadline_seconds, param="input", at_once=at_once)
 
 
 def _check_logprobs(field: str, value: int | None, config: ServerConfig) -> None:

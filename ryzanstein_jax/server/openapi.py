@@ -7,11 +7,15 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from ryzanstein_jax.server.embeddings import EmbeddingRequest
+from ryzanstein_jax.server.responses_schema import ResponseRequest
 from ryzanstein_jax.server.schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 
 _BODIES: dict[str, type[BaseModel]] = {
     "/v1/completions": CompletionRequest,
     "/v1/chat/completions": ChatRequest,
+    "/v1/embeddings": EmbeddingRequest,
+    "/v1/responses": ResponseRequest,
     "/tokenize": TokenizeRequest,
     "/detokenize": DetokenizeRequest,
 }
@@ -53,7 +57,7 @@ def openapi(version: str) -> dict[str, Any]:
     for path, kind in _BODIES.items():
         schema = {"$ref": template.format(model=kind.__name__)}
         content = {"application/json": {"schema": {"type": "object"}}}
-        if path.startswith("/v1"):
+        if "stream" in kind.model_fields:
             content["text/event-stream"] = {"schema": {"type": "string"}}
         paths[path] = {
             "post": {

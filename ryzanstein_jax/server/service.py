@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from prometheus_client import generate_latest
 
 from ryzanstein_jax.errors import ConfigError, RequestError, UnavailableError
-from ryzanstein_jax.request import SamplingParams
+from ryzanstein_jax.request import PoolingParams, SamplingParams
 from ryzanstein_jax.server.admission import Admission
 from ryzanstein_jax.server.backend import Backend
 from ryzanstein_jax.server.encode import Encoder, Input, Prompt, too_long
@@ -35,19 +35,21 @@ class Job:
 
     Attributes:
         inputs: its prompts.
-        params: how to continue them.
+        params: how to continue them, or to make embeddings of them.
         priority: lower ones run first.
         seconds: what the request may take; None is the server's limit.
         param: which field of the request the prompts came in.
         form: which one the form of the answer came in, if any.
+        at_once: how many of the prompts may run at a time; None is all.
     """
 
     inputs: Sequence[Input]
-    params: SamplingParams
+    params: SamplingParams | PoolingParams
     priority: int = 0
     seconds: float | None = None
     param: str = "prompt"
     form: str = "structured_outputs"
+    at_once: int | None = None
 
 
 class Service:
@@ -114,8 +116,9 @@ class Service:
             ApiError, RequestError: it is invalid.
         """
         backend, encoder, loop = self.backend, self.encoder, asyncio.get_running_loop()
-        choices = len(job.inputs) * job.params.n
         most = min(self.config.max_choices, self.config.max_sequences)
+        at_once = len(job.inputs) if job.at_once is None else min(job.at_once, most)
+        choices = at_once * job.params.n
         if choices > most:
             raise RequestError("n", job.params.n, f"{len(job.inputs)} prompts times n may be at most {most}")
         with self.admission.enter(choices):
@@ -124,9 +127,9 @@ class Service:
             state = self.instruments.requests.labels("encoding")
             state.inc()
             try:
-                prompts = await encoder.encode(job.inputs, backend.max_length)
-                if job.params.structured_outputs is not None:
-                    await self._compile(job, backend, encoder)
+                prompts = await encoder.encode(job.inputs, backend.max_length, param=job.param)
+                if isinstance(job.params, SamplingParams) and job.params.structured_outputs is not None:
+                    await self._compile(job, backend, encoder, job.params)
             finally:
                 state.dec()
             self._check_lengths(prompts, job, backend.max_length)
@@ -135,6 +138,7 @@ class Service:
                 prompts,
                 job.params,
                 priority=job.priority,
+                at_once=at_once,
                 deadline=arrived + seconds,
                 arrived=arrived,
                 instruments=self.instruments,
@@ -144,17 +148,23 @@ class Service:
             try:
                 async with generation:
                     yield generation
+            except RequestError as error:
+                # The engine knows the prompt by another name than the client does.
+                if error.field != "prompt_token_ids":
+                    raise
+                raise RequestError(job.param, error.value, error.remedy) from None
             finally:
                 self._generations.discard(generation)
 
-    async def _compile(self, job: Job, backend: Backend, encoder: Encoder) -> None:
+    async def _compile(self, job: Job, backend: Backend, encoder: Encoder, params: SamplingParams) -> None:
         try:
-            await encoder.compile(lambda: backend.compile_grammar(job.params), job.form)
+            await encoder.compile(lambda: backend.compile_grammar(params), job.form)
         except RequestError as error:
             raise RequestError(job.form, error.value, error.remedy) from None
 
     def _check_lengths(self, prompts: Sequence[Prompt], job: Job, most: int) -> None:
-        wanted = job.params.max_tokens or 1
+        # What is embedded takes a place of its own as well: one limit for all prompts.
+        wanted = (job.params.max_tokens or 1) if isinstance(job.params, SamplingParams) else 1
         longest = min(most - 1, self.config.max_prompt_tokens or most)
         for prompt in prompts:
             count = len(prompt.token_ids)

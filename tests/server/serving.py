@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import openai
 import uvicorn
 
@@ -18,7 +19,7 @@ from ryzanstein_jax.engine.scheduler import SchedulerStats
 from ryzanstein_jax.engine.tokens import Tokenizer
 from ryzanstein_jax.llm import StreamChunk, StreamCursor
 from ryzanstein_jax.metrics import Metrics
-from ryzanstein_jax.request import CompletionOutput, RequestOutput, RequestTimings, SamplingParams
+from ryzanstein_jax.request import CompletionOutput, PoolingParams, RequestOutput, RequestTimings, SamplingParams
 from ryzanstein_jax.server.app import make_app
 from ryzanstein_jax.server.run import bind, uvicorn_config
 from ryzanstein_jax.server.service import Service
@@ -35,6 +36,7 @@ class FakeBackend:
         self.metrics, self.orchestrator, self.is_alive = Metrics(), None, True
         self.active = self.num_steps = self.num_streams = 0
         self.priorities: list[int] = []
+        self.ends = "length"  # how completions do
         self.act: Callable[[int], Any] | None = None
 
     def stats(self) -> SchedulerStats:
@@ -43,11 +45,14 @@ class FakeBackend:
     def get_default_sampling_params(self) -> SamplingParams:
         return SamplingParams(temperature=0.5)
 
+    def get_pooling_params(self, dimensions: int | None = None) -> PoolingParams:
+        return PoolingParams(dimensions=dimensions)
+
     def close(self) -> None:
         self.is_alive = False
 
     async def stream(
-        self, prompt: Sequence[int], sampling_params: SamplingParams | None = None, *, priority: int = 0
+        self, prompt: Sequence[int], sampling_params: SamplingParams | PoolingParams | None = None, *, priority: int = 0
     ) -> AsyncIterator[StreamChunk]:
         params = sampling_params or SamplingParams()
         self.active += 1
@@ -57,6 +62,12 @@ class FakeBackend:
         output = RequestOutput(str(self.num_streams), None, list(prompt), outputs, RequestTimings(time.monotonic()))
         cursor = StreamCursor()
         try:
+            if isinstance(params, PoolingParams):
+                if self.act is not None:
+                    await self.act(0)
+                output.embedding, outputs[0].finish_reason = np.array([0.6, 0.8], np.float32), "stop"
+                yield cursor.advance(output)[0]
+                return
             for step in range(params.max_tokens or self.max_length - len(prompt)):
                 if self.act is not None:
                     await self.act(step)
@@ -67,7 +78,7 @@ class FakeBackend:
                     one.token_ids.append(4 + (33 + step) % 90)
                     one.text = self.tokenizer.decode(one.token_ids)
                     if step + 1 == params.max_tokens:
-                        one.finish_reason = "length"
+                        one.finish_reason = self.ends
                 for chunk in cursor.advance(output):
                     yield chunk
         finally:

@@ -12,7 +12,9 @@ from tests.server.serving import MODEL, Served, serving
 KEY = "a-key-of-this-test"
 ROUTES = [
     ("POST", "/v1/completions"), ("POST", "/v1/chat/completions"), ("GET", "/v1/models"), ("GET", "/v1/models/tiny"),
-    ("POST", "/tokenize"), ("POST", "/detokenize"), ("GET", "/ready"), ("GET", "/metrics"), ("GET", "/version"),
+    ("POST", "/v1/embeddings"),
+    ("POST", "/v1/responses"), ("POST", "/tokenize"), ("POST", "/detokenize"), ("GET", "/ready"), ("GET", "/metrics"),
+    ("GET", "/version"),
     ("GET", "/openapi.json"), ("GET", "/nowhere"), ("GET", "//health"), ("GET", "/health/"), ("GET", "/v1/../health"),
 ]  # fmt: skip
 
