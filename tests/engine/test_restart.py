@@ -1,11 +1,12 @@
 """Devices die and come back: every request goes on with the tokens that it would have got, each exactly once."""
 
+import numpy as np
 import pytest
 
 from ryzanstein_jax.errors import EngineClosedError, RecoveryExhaustedError, RequestError
-from ryzanstein_jax.request import SamplingParams
-from tests.engine.drive import EOS, engine, letter_tokenizer
-from tests.engine.fake_executor import FakeExecutor, limits, logprob
+from ryzanstein_jax.request import PoolingParams, SamplingParams
+from tests.engine.drive import EOS, engine, finish_all, letter_tokenizer
+from tests.engine.fake_executor import FakeExecutor, embedding, limits, logprob
 from tests.engine.restarting import Client, Restarting
 
 
@@ -323,3 +324,20 @@ def test_other_devices_may_still_be_given_to_it():
     one.add("later", [2])
     one.run()
     one.verify("lost")
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+def test_embeddings_are_those_of_an_undisturbed_run(pooling):
+    """Whichever call the devices are lost at: between chunks, with the last one in flight, before any."""
+    prompts = {f"{count}": [count % 7 + place % 11 for place in range(count)] for count in (1, 15, 16, 17, 45)}
+    for death in range(16):
+        executor = Restarting(deaths={death, death + 3})
+        made = engine(executor)
+        for name, prompt in prompts.items():
+            made.add(name, prompt, PoolingParams(pooling=pooling))
+        found = finish_all(made)
+        assert executor.num_deaths or death > 8
+        for name, prompt in prompts.items():
+            np.testing.assert_array_equal(found[name].embedding, embedding(prompt, pooling))
+            assert found[name].error is None
+        assert made.stats().num_pages_used == 0

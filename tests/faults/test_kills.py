@@ -1,14 +1,16 @@
 """Ranks are killed and stopped, in whatever they do: all streams end with the tokens of an undisturbed run."""
 
+import asyncio
 import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+import numpy as np
 import pytest
 
-from ryzanstein_jax import AsyncLLM
+from ryzanstein_jax import AsyncLLM, PoolingParams
 from ryzanstein_jax.request import CompletionOutput
 from tests.faults.harness import (
     MODEL,
@@ -54,6 +56,23 @@ def test_killed_ranks_are_replaced(
     assert watch.done and not set(before) & set(pids(llm))
     recovered = events(llm, "recovered")[-1]
     assert recovered["requests"] > 0 and recovered["seconds"] > 0
+
+
+def test_embeddings_go_on_too(llm: AsyncLLM) -> None:
+    prompts = [[(5 * number + 3 * place) % 120 + 1 for place in range(1 + number % 60)] for number in range(300)]
+
+    async def embed(act: Callable[[], None]) -> list[np.ndarray]:
+        kinds = [PoolingParams(pooling=pooling) for pooling in ("last", "mean")]
+        waiting = [asyncio.create_task(llm.embed(prompt, kinds[len(prompt) % 2])) for prompt in prompts]
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        act()
+        return [output.embedding for output in await asyncio.gather(*waiting)]
+
+    wanted = asyncio.run(embed(lambda: None))
+    before = pids(llm)
+    found = asyncio.run(embed(lambda: kill(llm, 1)))
+    np.testing.assert_allclose(found, wanted, atol=1e-4)
+    assert not set(before) & set(pids(llm)) and events(llm, "recovered")[-1]["requests"] > 0
 
 
 @pytest.mark.parametrize("rank", [0, 1])
