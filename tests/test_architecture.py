@@ -19,8 +19,11 @@ MAX_LINES = 400
 #: The two lines that may leave a test out, and no others.
 LIVE_COMPARISON = ("tests/test_live_transformers.py:14", "tests/test_live_transformers.py:15")
 
-#: The two and what proves that Ray's nodes may die: Ray is an extra of 80 MB.
-LEFT_OUT = (*LIVE_COMPARISON, "tests/orchestrator/test_ray_hosts.py:15")
+#: A client of the server with all that it brings along.
+LM_EVAL = ("tests/server/test_lm_eval.py:12", "tests/server/test_lm_eval.py:13")
+
+#: All of them and what proves that Ray's nodes may die: Ray is an extra of 80 MB.
+LEFT_OUT = (*LIVE_COMPARISON, *LM_EVAL, "tests/orchestrator/test_ray_hosts.py:15")
 
 #: Parts of the package that an extra brings the dependencies of.
 EXTRAS = {"server": "serve"}
@@ -221,7 +224,7 @@ def test_no_file_names_one_machine() -> None:
 
 def test_nothing_is_left_open_or_switched_off() -> None:
     left = r"\b(TODO|FIXME|XXX)\b|pragma:\s*no cover|\b(pytest|mark|unittest)\.(skip|skipif|xfail|importorskip)\b"
-    # Only what needs an extra may leave itself out: gigabytes of torch for `hf`, and Ray.
+    # Only what needs an extra may leave itself out: gigabytes of torch for `hf`, lm-eval, and Ray.
     found = [place for place in lines_with(re.compile(left), {".py", ".sh"}) if place not in LEFT_OUT]
     assert found == []
 
