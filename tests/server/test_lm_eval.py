@@ -47,7 +47,7 @@ def tasks(folder: Path) -> list[dict[str, object]]:
 def test_a_task_of_choices_and_one_of_texts(served: Served, engine: AsyncLLM, tiny: Path, tmp_path: Path) -> None:
     arguments = dict(
         model=MODEL, base_url=f"{served.url}/v1/completions", tokenizer=str(tiny), tokenizer_backend="huggingface",
-        max_length=128, num_concurrent=2, batch_size=2, max_retries=1,
+        max_length=128, num_concurrent=2, max_retries=1,
     )  # fmt: skip
     found = lm_eval.simple_evaluate(
         model="local-completions", model_args=arguments, tasks=tasks(tmp_path), log_samples=True, bootstrap_iters=0,
