@@ -24,8 +24,10 @@ def wanted(engine: AsyncLLM):
 
 @pytest.mark.parametrize("responses", [False, True])
 def test_a_chat_model_answers_whole_in_batches_and_in_pieces(served, wanted, responses):
-    model = ChatOpenAI(**settings(served), max_completion_tokens=12, use_responses_api=responses)
-    for found in (model.invoke(MESSAGES), asyncio.run(model.ainvoke(MESSAGES)), *model.batch([MESSAGES] * 3)):
+    model = ChatOpenAI(
+        **settings(served), max_completion_tokens=12, use_responses_api=responses, stream_usage=not responses
+    )
+    for found in (model.invoke(MESSAGES), *model.batch([MESSAGES] * 3)):
         assert isinstance(found, AIMessage) and found.text == wanted.text
         assert found.usage_metadata["output_tokens"] == len(wanted.token_ids)
     whole: AIMessageChunk | None = None
@@ -33,6 +35,17 @@ def test_a_chat_model_answers_whole_in_batches_and_in_pieces(served, wanted, res
         whole = chunk if whole is None else whole + chunk
     assert whole is not None and whole.text == wanted.text
     assert whole.usage_metadata["output_tokens"] == len(wanted.token_ids)
+
+
+def test_coroutines_get_the_same(served, wanted):
+    async def main() -> list[AIMessage]:
+        models = [
+            ChatOpenAI(**settings(served), max_completion_tokens=12, use_responses_api=responses)
+            for responses in (False, True)
+        ]
+        return await asyncio.gather(*(model.ainvoke(MESSAGES) for model in models * 3))
+
+    assert [found.text for found in asyncio.run(main())] == [wanted.text] * 6
 
 
 def test_an_answer_goes_back_with_the_next_question(served, engine):
