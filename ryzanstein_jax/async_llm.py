@@ -151,7 +151,9 @@ class AsyncLLM:
         params = sampling_params or self.get_default_sampling_params()
         # Tokenizing and templates take their time: not on the event loop.
         text, ids = await asyncio.to_thread(encode_input, prompt, self.tokenizer)
-        grammar = await asyncio.to_thread(self._engine.compile_grammar, params) if params.structured_outputs else None
+        grammar = None
+        if isinstance(params, SamplingParams) and params.structured_outputs is not None:
+            grammar = await asyncio.to_thread(self._engine.compile_grammar, params)
         request_id, listener = str(next(self._ids)), _Listener()
 
         def add() -> None:

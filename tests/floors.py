@@ -65,6 +65,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "engine",
         "engine.report",
         "engine.executor",
+        "engine.validation",
         "engine.blocks",
         "engine.template_sandbox",
         "engine.chat_template",

@@ -6,8 +6,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import cast
 
-import numpy as np
-
 from ryzanstein_jax.config import EngineConfig
 from ryzanstein_jax.engine.executor import Executor, RestartableExecutor
 from ryzanstein_jax.engine.grammar import Grammar, Grammars
@@ -16,6 +14,7 @@ from ryzanstein_jax.engine.scheduler import Scheduler, SchedulerStats
 from ryzanstein_jax.engine.sequence import Sequence as EngineSequence
 from ryzanstein_jax.engine.sequence import drawn_seed, sampling_key
 from ryzanstein_jax.engine.tokens import Tokenizer
+from ryzanstein_jax.engine.validation import validate, validate_prompt
 from ryzanstein_jax.errors import (
     ConfigError,
     DeviceStateLostError,
@@ -93,7 +92,12 @@ class Engine:
             raise self._gave_up.with_traceback(None)  # it would grow with each request that is turned away
         pooling = params if isinstance(params, PoolingParams) else None
         params = _NOTHING if isinstance(params, PoolingParams) else params
-        tokens = self._validate(request_id, prompt_token_ids, params, priority)
+        validate(request_id, params, priority, self._config, vocab_size=self._limits.vocab_size)
+        if request_id in self._requests:
+            raise RequestError("request_id", request_id, "it is in use: choose one that no unfinished request has")
+        if params.stop and self._tokenizer is None:
+            raise RequestError("stop", params.stop, "this engine has no tokenizer: use stop_token_ids")
+        tokens = validate_prompt(prompt_token_ids, self._scheduler.max_length, self._limits.vocab_size)
         grammar = grammar or self.compile_grammar(params)
         seed = params.seed
         if seed is None:
@@ -345,60 +349,3 @@ class Engine:
         except kind as error:
             self._failure = error
             raise
-
-    # -- Validation ----------------------------------------------------------------------------------------------
-
-    def _validate(
-        self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams, priority: int
-    ) -> list[int]:
-        """The prompt as a list, once all is found to be in order."""
-        if not isinstance(request_id, str) or not request_id:
-            raise RequestError("request_id", request_id, "use a text that is not empty")
-        if request_id in self._requests:
-            raise RequestError("request_id", request_id, "it is in use: choose one that no unfinished request has")
-        if not isinstance(params, SamplingParams):
-            raise RequestError("params", params, "use SamplingParams")
-        if not isinstance(priority, int) or isinstance(priority, bool):
-            raise RequestError("priority", priority, "use a whole number; lower ones run first")
-        tokens = self._validate_prompt(prompt_token_ids)
-        vocab_size = self._limits.vocab_size
-        most = min(self._config.max_logprobs, vocab_size)
-        for field in ("logprobs", "prompt_logprobs"):
-            value = getattr(params, field)
-            if value is not None and value > most:
-                raise RequestError(field, value, f"use at most {most} (max_logprobs)")
-        if len(params.logit_bias) > self._config.max_logit_bias:
-            count, most = len(params.logit_bias), self._config.max_logit_bias
-            raise RequestError("logit_bias", f"{count} tokens", f"use at most {most} (max_logit_bias)")
-        for field in ("logit_bias", "stop_token_ids"):
-            for token in getattr(params, field):
-                if token >= vocab_size:
-                    raise RequestError(field, token, f"use token ids below {vocab_size}, the size of the vocabulary")
-        if params.stop and self._tokenizer is None:
-            raise RequestError("stop", params.stop, "this engine has no tokenizer: use stop_token_ids")
-        return tokens
-
-    def _validate_prompt(self, prompt_token_ids: Sequence[int]) -> list[int]:
-        field, longest = "prompt_token_ids", self._scheduler.max_length - 1
-        if isinstance(prompt_token_ids, str | bytes) or not hasattr(prompt_token_ids, "__len__"):
-            raise RequestError(field, prompt_token_ids, "use a list of token ids")
-        if len(prompt_token_ids) == 0:
-            raise RequestError(field, [], "use at least one token")
-        if len(prompt_token_ids) > longest:
-            raise RequestError(
-                field,
-                f"{len(prompt_token_ids)} tokens",
-                f"use at most {longest}: prompt and completion share {longest + 1} (max_model_len, or the KV cache)",
-            )
-        try:
-            tokens = np.asarray(prompt_token_ids)
-        except (ValueError, TypeError, OverflowError):
-            tokens = np.zeros(0, object)
-        if tokens.dtype.kind not in "iu" or tokens.ndim != 1:
-            raise RequestError(field, list(prompt_token_ids)[:8], "use a flat list of whole numbers")
-        wrong = np.flatnonzero((tokens < 0) | (tokens >= self._limits.vocab_size))
-        if len(wrong):
-            where = int(wrong[0])
-            remedy = f"token {where} is outside the vocabulary: use ids from 0 to {self._limits.vocab_size - 1}"
-            raise RequestError(field, int(tokens[where]), remedy)
-        return [int(token) for token in tokens.tolist()]
