@@ -6,6 +6,7 @@ import sys
 
 import typer
 
+from ryzanstein_jax.commands.batch import batch
 from ryzanstein_jax.commands.bench import bench
 from ryzanstein_jax.commands.demo import demo
 from ryzanstein_jax.commands.doctor import doctor
@@ -21,7 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="LLM inference in JAX on many devices.",
 )
-for command in (generate, chat, serve, snapshot, info, worker, doctor, demo):
+for command in (generate, chat, serve, batch, snapshot, info, worker, doctor, demo):
     app.command()(command)
 app.add_typer(bench, name="bench")
 

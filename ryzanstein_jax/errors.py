@@ -94,6 +94,10 @@ class DeadlineError(RyzansteinError):
     """A request did not end in the time that it had."""
 
 
+class OutputError(RyzansteinError):
+    """A file that results go to can't be written any more, where the disk is full or fails."""
+
+
 def remote_error(name: str, message: str) -> RyzansteinError:
     """The error of this module that another process raised; any other becomes a `ProcessGroupError` that names it."""
     kind = globals().get(name)
