@@ -6,11 +6,13 @@ import asyncio
 import itertools
 import queue
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from ryzanstein_jax.config import OrchestratorConfig
+from ryzanstein_jax.engine.report import RankUsage, SetupReport
 from ryzanstein_jax.engine.tokens import Tokenizer
 from ryzanstein_jax.errors import EngineClosedError
 from ryzanstein_jax.llm import (
@@ -73,7 +75,6 @@ class AsyncLLM:
     ):
         self.config = make_config(model, settings)
         self._opened, self._executor, self._engine = start_engine(self.config, progress, executor, orchestrator)
-        self.report = self._executor.report
         self._ids = itertools.count()
         self._listeners: dict[str, _Listener] = {}
         #: What the engine's thread shall do between steps; None ends it.
@@ -98,6 +99,11 @@ class AsyncLLM:
         return self._executor.metrics
 
     @property
+    def report(self) -> SetupReport:
+        """What the last start of the devices cost, and how their memory is divided."""
+        return self._executor.report
+
+    @property
     def is_alive(self) -> bool:
         """Whether the engine's thread runs: false after `close`, and after the engine failed."""
         return not self._closed and self._thread.is_alive()
@@ -110,6 +116,17 @@ class AsyncLLM:
     def stats(self) -> SchedulerStats:
         """Where the scheduler stands. Read while it works: numbers of one call may be a step apart."""
         return self._engine.stats()
+
+    def usage(self) -> list[RankUsage]:
+        """Memory and communication of each rank, or of each device of this process."""
+        return self._executor.usage()
+
+    def cpu_seconds(self) -> float:
+        """Processor time of the thread that schedules, and hands steps to the devices; 0 once it has ended."""
+        ident = self._thread.ident
+        if ident is None or not self._thread.is_alive():
+            return 0.0
+        return time.clock_gettime(time.pthread_getcpuclockid(ident))
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What the model's `generation_config.json` recommends."""

@@ -79,6 +79,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "engine.engine",
         "engine.open",
         "engine.runner",
+        "engine.usage",
         "engine.profiled",
         "engine.process",
         "engine.local",
@@ -166,6 +167,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "server.embeddings",
         "server.responses_schema",
         "server.responses",
+        "server.status",
+        "server.page",
         "server.logprobs",
         "server.answers",
         "server.jobs",
@@ -202,6 +205,9 @@ RANK_FILES = (
     "doctor.probe",
 )
 
+#: The others of the engine stay with the scheduler.
+ENGINE_FILES_WITH_JAX = tuple(f"engine.{name}" for name in ("runner", "usage", "profiled", "process", "local"))
+
 #: These stay in a process that has to outlive every JAX process, so nothing that they reach may import JAX.
 WITHOUT_JAX = (
     *FLOORS[0],
@@ -213,7 +219,7 @@ WITHOUT_JAX = (
     "checkpoint.default_model",
     "checkpoint.gguf_metadata",
     "checkpoint.gguf_tokenizer",
-    *(name for name in FLOORS[3] if name not in ("engine.runner", "engine.profiled", "engine.process", "engine.local")),
+    *(name for name in FLOORS[3] if name not in ENGINE_FILES_WITH_JAX),
     *(name for name in FLOORS[4] if name not in RANK_FILES),
     *(name for name in FLOORS[5] if name.partition(".")[0] == "server"),
 )

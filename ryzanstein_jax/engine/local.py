@@ -26,8 +26,9 @@ from ryzanstein_jax.config import EngineConfig
 from ryzanstein_jax.engine.open import open_model, save_tokenizer
 from ryzanstein_jax.engine.process import prepare_process, settle_host_memory
 from ryzanstein_jax.engine.profiled import ProfiledRunner, profile_folder
-from ryzanstein_jax.engine.report import SetupReport
+from ryzanstein_jax.engine.report import RankUsage, SetupReport
 from ryzanstein_jax.engine.runner import Runner
+from ryzanstein_jax.engine.usage import UsageMeter
 from ryzanstein_jax.errors import ConfigError
 from ryzanstein_jax.memory import device_bytes, plan_memory, weight_bytes
 from ryzanstein_jax.metrics import Metrics
@@ -153,6 +154,7 @@ class LocalExecutor:
         )
         self._last_step = time.monotonic()
         self._background = BackgroundLoader(postponed, loaded.keep, self._idle_seconds)
+        self._meter = UsageMeter(programs, runner, mesh.local_devices)
 
     def submit(self, plan: StepPlan) -> None:
         self._last_step = time.monotonic()
@@ -166,7 +168,12 @@ class LocalExecutor:
     def _idle_seconds(self) -> float:
         return 0.0 if self._runner.num_in_flight else time.monotonic() - self._last_step
 
+    def usage(self) -> list[RankUsage]:
+        """What the devices of this process hold and have communicated, at most a second ago."""
+        return self._meter.latest
+
     def close(self) -> None:
+        self._meter.stop()
         self._background.stop()
         self._runner.close()
 

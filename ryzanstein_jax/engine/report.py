@@ -1,4 +1,4 @@
-"""What starting an executor cost. No JAX here: another process may have done it."""
+"""What starting an executor cost, and what its devices use. No JAX here: another process may have found out."""
 
 from __future__ import annotations
 
@@ -7,6 +7,22 @@ from dataclasses import dataclass
 from typing import Any
 
 from ryzanstein_jax.budget import MemoryPlan
+
+
+@dataclass(frozen=True)
+class RankUsage:
+    """What one rank uses; without processes, what one device does.
+
+    Attributes:
+        rank: its number.
+        memory_bytes: in use on its device; of CPU devices, the resident memory of their process. None where the device
+            does not tell.
+        collective_bytes: results of collectives that it received, since it began.
+    """
+
+    rank: int
+    memory_bytes: int | None
+    collective_bytes: int
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 
 import jax
 import numpy as np
@@ -38,6 +38,8 @@ class Runner:
             count: programs.replicate(np.full((count, programs.mask_words), 0xFFFFFFFF, np.uint32)) for count in rows
         }
         self._in_flight: deque[tuple[StepPlan, jax.Array, SampleResult | None, jax.Array]] = deque()
+        #: How often each program ran, by its table and size.
+        self.runs: Counter[tuple[str, object]] = Counter()
         self.limits = ExecutorLimits(
             num_pages=shapes.num_pages,
             page_size=shapes.page_size,
@@ -75,6 +77,8 @@ class Runner:
                 array.copy_to_host_async()
         self._previous = tokens
         self._in_flight.append((plan, tokens, result, pooled))
+        self.runs["forwards", bucket] += 1
+        self.runs["full_samplers" if plan.full else "samplers", bucket.sampled_rows] += 1
         self._metrics.count("steps")
         self._metrics.count("step_tokens", len(plan.token_ids))
         self._metrics.count("step_tokens_padded", bucket.tokens)

@@ -275,6 +275,8 @@ class HealthMonitor:
                 "received": rank.beat.received,
                 "dispatched": rank.beat.dispatched,
                 "done": rank.beat.done,
+                "memory_bytes": rank.beat.memory or None,
+                "collective_bytes": rank.beat.communicated,
             }
             for rank in group.ranks
         ]  # fmt: skip

@@ -21,7 +21,7 @@ from typing import Any, Self
 from ryzanstein_jax.communication import Collective
 from ryzanstein_jax.config import EngineConfig, OrchestratorConfig
 from ryzanstein_jax.engine.executor import ExecutorLimits
-from ryzanstein_jax.engine.report import SetupReport
+from ryzanstein_jax.engine.report import RankUsage, SetupReport
 from ryzanstein_jax.errors import (
     DeviceStateLostError,
     EngineClosedError,
@@ -345,6 +345,13 @@ class MultiGPUOrchestrator:
         """
         found = self._supervisor.inspect(self._serving())
         return {name: [Collective(**entry) for entry in program] for name, program in found.items()}
+
+    def usage(self) -> list[RankUsage]:
+        """What each rank's device holds and has communicated, as it told last; none while there is no group."""
+        return [
+            RankUsage(rank["rank"], rank["memory_bytes"], rank["collective_bytes"])
+            for rank in self.monitor.get_health_summary()["ranks"]
+        ]
 
     def status(self) -> dict[str, Any]:
         """State, ranks, faults and the last events, as plain values."""

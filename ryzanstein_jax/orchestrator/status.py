@@ -12,7 +12,7 @@ from ryzanstein_jax.orchestrator.frames import FrameError
 #: Holds the faults to make on purpose; see `faults`.
 FAULT_VARIABLE = "RYZANSTEIN_FAULT"
 
-_HEARTBEAT = struct.Struct("<Bqqq")
+_HEARTBEAT = struct.Struct("<Bqqqqq")
 #: No number of a rank's description comes near it.
 _MOST = 1 << 32
 
@@ -28,24 +28,32 @@ class Phase(IntEnum):
 
 @dataclass(slots=True)
 class Heartbeat:
-    """Counts since the rank began: steps received, handed to the device, and done by it."""
+    """Counts since the rank began: steps received, handed to the device, and done by it; and what it uses.
+
+    Attributes:
+        memory: bytes in use on its device; 0 where that is not known.
+        communicated: bytes that collectives brought it.
+    """
 
     phase: Phase = Phase.JOINING
     received: int = 0
     dispatched: int = 0
     done: int = 0
+    memory: int = 0
+    communicated: int = 0
 
     def to_bytes(self) -> bytes:
-        return _HEARTBEAT.pack(self.phase, self.received, self.dispatched, self.done)
+        counts = (self.received, self.dispatched, self.done, self.memory, self.communicated)
+        return _HEARTBEAT.pack(self.phase, *counts)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Heartbeat:
         """Raises FrameError where the bytes are no heartbeat."""
         try:
-            phase, received, dispatched, done = _HEARTBEAT.unpack(data)
-            if min(received, dispatched, done) < 0:
+            phase, *counts = _HEARTBEAT.unpack(data)
+            if min(counts) < 0:
                 raise ValueError("a count below 0")
-            return cls(Phase(phase), received, dispatched, done)
+            return cls(Phase(phase), *counts)
         except (struct.error, ValueError) as error:
             raise FrameError(f"not a heartbeat: {data[:40]!r}") from error
 

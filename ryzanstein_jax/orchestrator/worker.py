@@ -209,6 +209,10 @@ class Worker:
     def _beat_for_ever(self) -> None:
         try:
             while True:
+                if self._executor is not None:
+                    usage = self._executor.usage()
+                    self._beat.memory = sum(one.memory_bytes or 0 for one in usage)
+                    self._beat.communicated = usage[0].collective_bytes
                 self._control.send(Kind.HEARTBEAT, self._beat.to_bytes())
                 time.sleep(self._spec.heartbeat_interval_sec)
         except ChannelClosedError:

@@ -37,6 +37,7 @@ from ryzanstein_jax.server.http import (
 )
 from ryzanstein_jax.server.jobs import chat_job, completion_job, embedding_job, response_job, response_params
 from ryzanstein_jax.server.openapi import openapi
+from ryzanstein_jax.server.page import pages
 from ryzanstein_jax.server.problems import ApiError, as_api_error
 from ryzanstein_jax.server.responses import ResponseAnswer
 from ryzanstein_jax.server.responses_schema import ResponseRequest
@@ -50,6 +51,7 @@ from ryzanstein_jax.server.schema import (
     parse,
 )
 from ryzanstein_jax.server.service import Job, Service
+from ryzanstein_jax.server.status import StatusReport
 
 _LARGE_BODY = 64 << 10
 
@@ -61,6 +63,7 @@ class _Routes:
         self._service, self._config = service, service.config
         self._created = int(time.time())
         self._openapi = openapi(service.version)
+        self._status = StatusReport(service)
 
     async def _read(self, kind: type[Schema], request: Request) -> Schema:
         body = await read_body(request, self._config)
@@ -219,6 +222,9 @@ class _Routes:
         status = self._service.health.status
         return JSONResponse({"status": status.value, "ready": ready}, 200 if ready else 503)
 
+    async def status(self, request: Request) -> Response:
+        return JSONResponse(self._status.to_json())
+
     async def metrics(self, request: Request) -> Response:
         return Response(self._service.metrics(), media_type=CONTENT_TYPE_LATEST)
 
@@ -258,9 +264,11 @@ def make_app(service: Service) -> ASGIApp:
         Route("/detokenize", routes.detokenize, methods=["POST"]),
         Route("/health", routes.health, methods=["GET"]),
         Route("/ready", routes.ready, methods=["GET"]),
+        Route("/status", routes.status, methods=["GET"]),
         Route("/metrics", routes.metrics, methods=["GET"]),
         Route("/version", routes.version, methods=["GET"]),
         Route("/openapi.json", routes.openapi, methods=["GET"]),
+        *pages(),
     ]
     app = Starlette(
         routes=table, exception_handlers={HTTPException: _no_route, RyzansteinError: _our_error, Exception: _our_error}

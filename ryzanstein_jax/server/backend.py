@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, Protocol
 
+from ryzanstein_jax.engine.report import RankUsage, SetupReport
 from ryzanstein_jax.engine.scheduler import SchedulerStats
 from ryzanstein_jax.engine.tokens import Tokenizer
 from ryzanstein_jax.metrics import Metrics
@@ -48,7 +49,14 @@ class Backend(Protocol):
     @property
     def orchestrator(self) -> Any: ...
 
+    @property
+    def report(self) -> SetupReport: ...
+
     def stats(self) -> SchedulerStats: ...
+
+    def cpu_seconds(self) -> float: ...
+
+    def usage(self) -> list[RankUsage]: ...
 
     def get_default_sampling_params(self) -> SamplingParams: ...
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -49,6 +50,8 @@ class EngineCollector(Collector):
         yield from _of_snapshot(snapshot)
         if backend is not None:
             yield from _of_scheduler(backend)
+            yield from _of_devices(backend)
+            yield from _of_leader(backend)
 
 
 def _of_snapshot(snapshot: MetricsSnapshot) -> Iterator[Metric]:
@@ -85,6 +88,32 @@ def _of_scheduler(backend: Backend) -> Iterator[Metric]:
     orchestrator = backend.orchestrator
     if orchestrator is not None:
         yield GaugeMetricFamily(f"{PREFIX}_devices", "Devices that serve.", orchestrator.width)
+
+
+def _of_devices(backend: Backend) -> Iterator[Metric]:
+    """What each rank uses, and how the memory of one is divided."""
+    memory = GaugeMetricFamily(f"{PREFIX}_device_memory_bytes", "In use on the device of a rank.", labels=["rank"])
+    text = "Results of collectives that a rank received, since its process began."
+    moved = CounterMetricFamily(f"{PREFIX}_collective_bytes", text, labels=["rank"])
+    for rank in backend.usage():
+        if rank.memory_bytes is not None:
+            memory.add_metric([str(rank.rank)], rank.memory_bytes)
+        moved.add_metric([str(rank.rank)], rank.collective_bytes)
+    yield memory
+    yield moved
+    text = "Of each device, as computed at the start."
+    plan = GaugeMetricFamily(f"{PREFIX}_memory_plan_bytes", text, labels=["part"])
+    for part in ("total", "budget", "weights", "temporaries", "logits", "kv_cache"):
+        plan.add_metric([part], getattr(backend.report.memory, part))
+    yield plan
+
+
+def _of_leader(backend: Backend) -> Iterator[Metric]:
+    text = "Processor time of the event loop and of the engine's thread: over tokens, what a token costs the leader."
+    seconds = CounterMetricFamily(f"{PREFIX}_leader_cpu_seconds", text, labels=["thread"])
+    seconds.add_metric(["server"], time.thread_time())  # Prometheus is answered by the event loop
+    seconds.add_metric(["engine"], backend.cpu_seconds())
+    yield seconds
 
 
 def _histogram(name: str, text: str, found: HistogramSnapshot) -> Metric:

@@ -15,13 +15,17 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ryzanstein_jax.server.http import NOTES, ClientGoneError, error_response
 from ryzanstein_jax.server.instruments import Instruments
 from ryzanstein_jax.server.logs import log
+from ryzanstein_jax.server.page import FILES
 from ryzanstein_jax.server.problems import ApiError
 from ryzanstein_jax.server.settings import ServerConfig
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 _HOST = re.compile(rb"(\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9._-]{1,253})(?::[0-9]{1,5})?")
-#: Open without a key: whoever restarts the server must be able to ask whether it lives.
-_OPEN_PATHS = frozenset({"/health"})
+#: Open without a key: whoever restarts the server must be able to ask whether it lives, and a browser opens a page
+#: before anybody can tell it a key.
+_OPEN_PATHS = frozenset({"/health", *FILES})
+#: Asked every few seconds; what changes is logged elsewhere.
+_QUIET = frozenset({"/health", "/ready", "/metrics", "/status"})
 _GONE = 499  # of logs and metrics only; nobody is there to get it
 
 Headers = Sequence[tuple[bytes, bytes]]
@@ -110,7 +114,7 @@ class Gate:
         self._instruments.responses.labels(route, str(status)).inc()
         if "error" in notes:
             self._instruments.refused.labels(notes["error"]).inc()
-        quiet = route in ("/health", "/ready", "/metrics")  # asked every few seconds; changes are logged elsewhere
+        quiet = route in _QUIET
         log(
             "request",
             level=logging.DEBUG if quiet else logging.INFO,

@@ -49,6 +49,7 @@ class Health:
     Attributes:
         draining: set by whoever ends the server.
         failure: why the engine could not be started.
+        on_change: called with each new status that `watch` sees.
     """
 
     def __init__(self, config: ServerConfig, clock: Callable[[], float] = time.monotonic):
@@ -56,6 +57,7 @@ class Health:
         self.backend: Backend | None = None
         self.draining = False
         self.failure: Exception | None = None
+        self.on_change: Callable[[Status], None] = lambda status: None
         self._last_token: float | None = None
         self._num_steps, self._last_step = -1, clock()
         self._probe: asyncio.Task[bool] | None = None
@@ -74,6 +76,7 @@ class Health:
             if (now := self.status) is not before:
                 before = now
                 log("status", status=now.value)
+                self.on_change(now)
             await asyncio.sleep(_POLL_SECONDS)
 
     def poll(self) -> None:

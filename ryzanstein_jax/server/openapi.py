@@ -23,6 +23,7 @@ _READS = {
     "/v1/models": "The model that is served.",
     "/health": "Whether the server lives.",
     "/ready": "Whether tokens come out now.",
+    "/status": "What the server, its engine and its devices do now.",
     "/metrics": "Metrics for Prometheus.",
     "/version": "The server's version.",
     "/openapi.json": "This document.",

@@ -15,6 +15,8 @@ import numpy as np
 import openai
 import uvicorn
 
+from ryzanstein_jax.budget import MemoryPlan
+from ryzanstein_jax.engine.report import RankUsage, SetupReport
 from ryzanstein_jax.engine.scheduler import SchedulerStats
 from ryzanstein_jax.engine.tokens import Tokenizer
 from ryzanstein_jax.llm import StreamChunk, StreamCursor
@@ -41,6 +43,16 @@ class FakeBackend:
 
     def stats(self) -> SchedulerStats:
         return SchedulerStats(self.active, 0, 100, self.active, 0, self.num_steps, 0, 0, 0)
+
+    def usage(self) -> list[RankUsage]:
+        return [RankUsage(rank, 100 + rank, 10 * rank) for rank in range(2)]
+
+    def cpu_seconds(self) -> float:
+        return 1.5
+
+    @property
+    def report(self) -> SetupReport:
+        return SetupReport("2 x fake (none)", "float32", MemoryPlan(*range(90, 98)), {}, 0.0, 0.0, 0, 0)
 
     def get_default_sampling_params(self) -> SamplingParams:
         return SamplingParams(temperature=0.5)
