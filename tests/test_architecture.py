@@ -22,8 +22,10 @@ LIVE_COMPARISON = ("tests/test_live_transformers.py:14", "tests/test_live_transf
 #: A client of the server with all that it brings along.
 LM_EVAL = ("tests/server/test_lm_eval.py:12", "tests/server/test_lm_eval.py:13")
 
-#: All of them and what proves that Ray's nodes may die: Ray is an extra of 80 MB.
-LEFT_OUT = (*LIVE_COMPARISON, *LM_EVAL, "tests/orchestrator/test_ray_hosts.py:15")
+#: All of them; what proves that Ray's nodes may die: Ray is an extra of 80 MB; and the page in a browser.
+LEFT_OUT = (
+    *LIVE_COMPARISON, *LM_EVAL, "tests/orchestrator/test_ray_hosts.py:15", "tests/server/test_browser.py:17",
+)  # fmt: skip
 
 #: Parts of the package that an extra brings the dependencies of.
 EXTRAS = {"server": "serve"}
@@ -224,7 +226,7 @@ def test_no_file_names_one_machine() -> None:
 
 def test_nothing_is_left_open_or_switched_off() -> None:
     left = r"\b(TODO|FIXME|XXX)\b|pragma:\s*no cover|\b(pytest|mark|unittest)\.(skip|skipif|xfail|importorskip)\b"
-    # Only what needs an extra may leave itself out: gigabytes of torch for `hf`, lm-eval, and Ray.
+    # Only what needs an extra may leave itself out: gigabytes of torch for `hf`, lm-eval, Ray and a browser.
     found = [place for place in lines_with(re.compile(left), {".py", ".sh"}) if place not in LEFT_OUT]
     assert found == []
 

@@ -14,7 +14,7 @@ ROUTES = [
     ("POST", "/v1/completions"), ("POST", "/v1/chat/completions"), ("GET", "/v1/models"), ("GET", "/v1/models/tiny"),
     ("POST", "/v1/embeddings"),
     ("POST", "/v1/responses"), ("POST", "/tokenize"), ("POST", "/detokenize"), ("GET", "/ready"), ("GET", "/metrics"),
-    ("GET", "/version"),
+    ("GET", "/version"), ("GET", "/status"),
     ("GET", "/openapi.json"), ("GET", "/nowhere"), ("GET", "//health"), ("GET", "/health/"), ("GET", "/v1/../health"),
 ]  # fmt: skip
 
