@@ -9,6 +9,10 @@ let asking = null;
 
 export const hasKey = () => sessionStorage.getItem(NAME) !== null;
 
+// Without a key there is nothing to show, so Escape does not help.
+dialog.addEventListener("cancel", (event) => event.preventDefault());
+dialog.addEventListener("close", () => asking && dialog.showModal());
+
 /** Asks for a key, once for all who wait for it. */
 export function askKey(text) {
   asking ??= new Promise((resolve) => {
@@ -16,13 +20,12 @@ export function askKey(text) {
     problem.hidden = !text;
     input.value = "";
     dialog.showModal();
-    dialog.addEventListener("cancel", (event) => event.preventDefault());
     form.onsubmit = (event) => {
       event.preventDefault();
       sessionStorage.setItem(NAME, input.value.trim());
       input.value = "";
-      dialog.close();
       asking = null;
+      dialog.close();
       resolve();
     };
   });
