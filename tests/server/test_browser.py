@@ -142,7 +142,7 @@ def test_it_shows_a_recovery_as_it_happens(page, fake):
     group.state = "recovering"
     group.event("fault", "error", f"rank 1 died {HOSTILE}")
     expect(page.locator("#status")).to_have_text("recovering")
-    expect(page.locator("#events li").first).to_contain_text("rank 1 died <img")
+    expect(page.locator("#events")).to_contain_text("rank 1 died <img")
     expect(page.locator("#events li[data-severity=error] .kind")).to_have_text("fault")
     expect(page.locator("#progress")).to_contain_text("devices are being replaced")
     expect(page.locator("#ranks")).to_contain_text("being replaced")
