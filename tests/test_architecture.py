@@ -24,7 +24,8 @@ LM_EVAL = ("tests/server/test_lm_eval.py:12", "tests/server/test_lm_eval.py:13")
 
 #: All of them; what proves that Ray's nodes may die: Ray is an extra of 80 MB; and the page in a browser.
 LEFT_OUT = (
-    *LIVE_COMPARISON, *LM_EVAL, "tests/orchestrator/test_ray_hosts.py:15", "tests/server/test_browser.py:17",
+    *LIVE_COMPARISON, *LM_EVAL, "tests/orchestrator/test_ray_hosts.py:15",
+    "tests/server/test_browser.py:15", "tests/server/test_browser.py:17",
 )  # fmt: skip
 
 #: Parts of the package that an extra brings the dependencies of.

@@ -9,12 +9,13 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from tests.server.serving import FakeBackend, Served, serving
 
+sync_api: Any = pytest.importorskip("playwright.sync_api", reason="Playwright is an extra")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
+expect = sync_api.expect
 expect.set_options(timeout=20_000)
 KEY = "key-of-the-operator"
 HOSTILE = "<img src=x onerror=\"document.title='broken'\"><script>document.title='broken'</script>"
@@ -44,8 +45,8 @@ class Group:
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
+def browser() -> Iterator[Any]:
+    with sync_api.sync_playwright() as playwright:
         # A container's user is often root, whom Chromium gives no sandbox; it opens this test's own page only.
         found = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield found
@@ -59,7 +60,7 @@ def served(fake: FakeBackend) -> Iterator[Served]:
 
 
 @pytest.fixture
-def page(browser: Browser, served: Served) -> Iterator[Page]:
+def page(browser: Any, served: Served) -> Iterator[Any]:
     made = browser.new_page()
     problems: list[str] = []
     made.on("pageerror", lambda error: problems.append(str(error)))
@@ -73,7 +74,7 @@ def page(browser: Browser, served: Served) -> Iterator[Page]:
     assert [text for text in problems if "Failed to load resource" not in text and not text.startswith("data:")] == []
 
 
-def sign_in(page: Page) -> None:
+def sign_in(page: Any) -> None:
     page.get_by_label("API key").fill(KEY)
     page.get_by_role("button", name="Continue").click()
     expect(page.locator("#status")).to_have_text("ready")
