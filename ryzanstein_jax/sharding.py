@@ -71,9 +71,11 @@ def named_sharding(
 
 
 _COLLECTIVE = re.compile(
-    r"= (?P<shape>\(?[a-z0-9]+\[.*?) (?P<kind>all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)"
-    r"(?:-start)?\("
+    r"= (?P<shape>\(*[a-z0-9]+\[.*?) (?P<kind>all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)"
+    r"(?P<start>-start)?\("
 )
+#: What an asynchronous start gives is operands and results: ((operands), results, ...) or (operand, result, ...).
+_OPERANDS = re.compile(r"^\((?:\([^()]*\)|[a-z0-9]+\[[0-9,]*\](?:\{[^}]*\})?), (?P<results>.*)\)$")
 _ARRAY = re.compile(r"\b(pred|[a-z]+[0-9]+[a-z0-9]*)\[([0-9,]*)\]")
 #: The ways in which XLA's versions write replica groups.
 _GROUP_MESH = re.compile(r"replica_groups=mesh\[(?P<mesh>[^\]]*)\] \{(?P<axes>[^}]*)\}")
@@ -93,15 +95,29 @@ def _group_size(line: str) -> int:
     return line.count("{", line.find("source_target_pairs=")) - 1 if "source_target_pairs=" in line else 0
 
 
+def _results(match: re.Match[str]) -> str:
+    """The shapes of what a collective gives, without what the asynchronous form says of its operands."""
+    shape = match["shape"]
+    operands = _OPERANDS.match(shape) if match["start"] else None
+    if operands is None or (match["kind"] == "all-reduce" and not shape.startswith("((")):
+        return shape  # an all-reduce that starts tells its results only, or has a tuple of operands
+    results = operands["results"]
+    # A permute's start ends with two numbers for its bookkeeping.
+    return results.split(", u32[]")[0] if match["kind"] == "collective-permute" else results
+
+
 def collectives(compiled: jax.stages.Compiled) -> list[Collective]:
-    """What a compiled program communicates, read from its optimized HLO; equal ones are counted together."""
+    """What a compiled program communicates, read from its optimized HLO; equal ones are counted together.
+
+    One counts as often as it stands there: the engine's programs have none in a loop.
+    """
     found: Counter[tuple[str, int, int]] = Counter()
     for line in (compiled.as_text() or "").splitlines():
         match = _COLLECTIVE.search(line)
         if match is None:
             continue
         size = 0
-        for dtype, dims in _ARRAY.findall(match["shape"]):
+        for dtype, dims in _ARRAY.findall(_results(match)):
             bits = 8 if dtype == "pred" else int(re.sub(r"^[a-z]+(\d+).*", r"\1", dtype))
             size += math.prod(int(dim) for dim in dims.split(",") if dim) * bits // 8
         group = _group_size(line)

@@ -159,6 +159,18 @@ def test_the_sampler_gathers_the_logits_once(width):
         ("%r = (f32[4]{0}, pred[8]{0}) all-reduce(%p, %q), replica_groups={{0,1}}", ("all-reduce", 24, 2)),
         ("%r = s8[4]{0} collective-permute(%p), source_target_pairs={{0,1},{1,0}}", ("collective-permute", 4, 2)),
         ("%r = f32[4]{0} reduce-scatter(%p), replica_groups={{0,1,2}}", ("reduce-scatter", 16, 3)),
+        (
+            "%r = ((bf16[2,8]{1,0}), bf16[16,8]{1,0}) all-gather-start(%p), replica_groups=mesh['tp'=8] {'tp'}",
+            ("all-gather", 256, 8),
+        ),
+        ("%r = (bf16[2]{0}, bf16[16]{0}) all-gather-start(%p), replica_groups=[1,8]<=[8]", ("all-gather", 32, 8)),
+        ("%r = ((f32[4]{0}), f32[4]{0}) all-reduce-start(%p), replica_groups={{0,1}}", ("all-reduce", 16, 2)),
+        ("%r = (f32[4]{0}, f32[2]{0}) all-reduce-start(%p, %q), replica_groups={{0,1}}", ("all-reduce", 24, 2)),
+        ("%r = ((f32[8]{0}), f32[2]{0}) reduce-scatter-start(%p), replica_groups=[1,4]<=[4]", ("reduce-scatter", 8, 4)),
+        (
+            "%r = (s8[4]{0}, s8[4]{0}, u32[], u32[]) collective-permute-start(%p), source_target_pairs={{0,1},{1,0}}",
+            ("collective-permute", 4, 2),
+        ),
         ("%r = f32[4]{0} all-reduce(%p), replica_groups={{0},{1}}", None),
         ("%r = f32[4]{0} all-reduce-done(%p)", None),
         ("%r = f32[4]{0} add(%all-reduce, %q)", None),

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from ryzanstein_jax.model.spec import MoeSpec, RopeSpec
 
@@ -109,7 +110,15 @@ def replicate(x: jax.Array) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    return jax.lax.with_sharding_constraint(x, jax.sharding.PartitionSpec())
+    return jax.lax.with_sharding_constraint(x, PartitionSpec())
+
+
+def _lookup(table_VD: jax.Array, tokens_T: jax.Array) -> jax.Array:
+    """Rows [T, D] of a table of which each device has a part: its own rows, and zeros, summed over the devices."""
+    local_T = tokens_T - jax.lax.axis_index("tp") * table_VD.shape[0]
+    mine_T = (local_T >= 0) & (local_T < table_VD.shape[0])
+    rows_TD = jnp.take(table_VD, local_T, axis=0, mode="clip")
+    return jax.lax.psum(jnp.where(mine_T[:, None], rows_TD, 0), "tp")
 
 
 class VocabParallelEmbedding(nnx.Module):
@@ -119,7 +128,14 @@ class VocabParallelEmbedding(nnx.Module):
         self.table = param((vocab_size, features), ("vocab", "embed"), dtype)
 
     def __call__(self, tokens_T: jax.Array) -> jax.Array:
-        return replicate(jnp.take(self.table[...], tokens_T, axis=0, mode="clip"))
+        """[T, D], whole on each device. Ids out of the table are moved to its nearest row."""
+        table_VD = self.table[...]
+        if jax.sharding.get_abstract_mesh().empty:
+            return jnp.take(table_VD, tokens_T, axis=0, mode="clip")
+        # Stated by hand: of a single token XLA's GPU partitioner makes a slice, and gathers the whole table for it.
+        vocab = PartitionSpec("tp", None)
+        lookup = jax.shard_map(_lookup, in_specs=(vocab, PartitionSpec()), out_specs=PartitionSpec(), check_vma=False)
+        return lookup(table_VD, jnp.clip(tokens_T, 0, table_VD.shape[0] - 1))
 
     def logits(self, x_RD: jax.Array) -> jax.Array:
         """float32 [R, V], sharded over V."""
