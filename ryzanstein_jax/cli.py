@@ -12,6 +12,7 @@ from ryzanstein_jax.commands.demo import demo
 from ryzanstein_jax.commands.doctor import doctor
 from ryzanstein_jax.commands.generate import chat, generate
 from ryzanstein_jax.commands.models import info, snapshot
+from ryzanstein_jax.commands.plan import plan
 from ryzanstein_jax.commands.serve import serve
 from ryzanstein_jax.commands.worker import worker
 from ryzanstein_jax.errors import RyzansteinError
@@ -22,7 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="LLM inference in JAX on many devices.",
 )
-for command in (generate, chat, serve, batch, snapshot, info, worker, doctor, demo):
+for command in (generate, chat, serve, batch, snapshot, info, plan, worker, doctor, demo):
     app.command()(command)
 app.add_typer(bench, name="bench")
 

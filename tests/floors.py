@@ -89,6 +89,19 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "collectives.settings",
         "collectives.bandwidth",
         "collectives",
+        "planner.devices",
+        "planner.links",
+        "planner.shapes",
+        "planner.calibration",
+        "planner.roofline",
+        "planner.usage",
+        "planner.estimate",
+        "planner.targets",
+        "planner.gpu_targets",
+        "planner.compiled",
+        "planner.compile_gpu",
+        "planner.calibrate",
+        "planner.report",
         "planner",
         "orchestrator",
         "orchestrator.events",
@@ -187,6 +200,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "commands.serve",
         "commands.batch",
         "commands.models",
+        "commands.plan",
         "commands.worker",
         "commands.doctor",
         "commands.bench",
@@ -207,6 +221,8 @@ RANK_FILES = (
 
 #: The others of the engine stay with the scheduler.
 ENGINE_FILES_WITH_JAX = tuple(f"engine.{name}" for name in ("runner", "usage", "profiled", "process", "local"))
+#: What compiles or measures, in a process of its own or at the user's word.
+MEASURING = ("planner.compile_gpu", "planner.calibrate")
 
 #: These stay in a process that has to outlive every JAX process, so nothing that they reach may import JAX.
 WITHOUT_JAX = (
@@ -220,7 +236,7 @@ WITHOUT_JAX = (
     "checkpoint.gguf_metadata",
     "checkpoint.gguf_tokenizer",
     *(name for name in FLOORS[3] if name not in ENGINE_FILES_WITH_JAX),
-    *(name for name in FLOORS[4] if name not in RANK_FILES),
+    *(name for name in FLOORS[4] if name not in (*RANK_FILES, *MEASURING)),
     *(name for name in FLOORS[5] if name.partition(".")[0] == "server"),
 )
 #: `start` imports the executor that was asked for, and only then: importing these does not import JAX either.

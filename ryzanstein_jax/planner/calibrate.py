@@ -1,0 +1,184 @@
+"""Measures this machine for the planner: products by rows, all-reduces by size, the host's share of a step."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import psutil
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from ryzanstein_jax.budget import resolve_dtype
+from ryzanstein_jax.config import EngineConfig
+from ryzanstein_jax.engine.engine import Engine
+from ryzanstein_jax.engine.local import LocalExecutor
+from ryzanstein_jax.engine.open import open_model
+from ryzanstein_jax.memory import device_bytes
+from ryzanstein_jax.model.layers import product
+from ryzanstein_jax.planner.calibration import Calibration, Measured
+from ryzanstein_jax.request import SamplingParams
+from ryzanstein_jax.sharding import make_mesh
+
+#: Weights of a pass: far more than a cache holds, and few enough for any machine.
+_PAIRS, _EMBED, _FFN = 12, 1024, 4096
+_ROWS = (1, 4, 16, 64, 256, 512)
+_SIZES = (4 << 10, 64 << 10, 1 << 20, 8 << 20)
+_REPEATS = 10
+_SECONDS = 0.5  # about how long each of them is repeated
+#: One layer, and so little of everything that a step of it is the host's work.
+_TINY = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 256, "hidden_size": 64,
+    "num_hidden_layers": 1, "num_attention_heads": 8, "num_key_value_heads": 8, "intermediate_size": 64,
+    "max_position_embeddings": 256, "torch_dtype": "float32",
+}  # fmt: skip
+
+Progress = Callable[[str], None]
+
+
+def calibrate(widths: Sequence[int] | None = None, progress: Progress = lambda what: None) -> Calibration:
+    """Measures the devices of this process, all devices of a width at once.
+
+    Args:
+        widths: 1, 2, 4 ... up to the number of GPUs, or on a CPU of its cores, if None.
+        progress: called with what is being measured.
+
+    Raises:
+        ConfigError: there are fewer devices than the largest width; CPU devices are made only before JAX starts.
+    """
+    cores = len(os.sched_getaffinity(0))
+    if jax.config.jax_num_cpu_devices < (needed := max(widths or (min(cores, 8),))):
+        try:
+            jax.config.update("jax_num_cpu_devices", needed)
+        except RuntimeError:
+            pass  # the devices are made already: make_mesh checks their number
+    devices = jax.devices()
+    most = min(len(devices), cores) if devices[0].platform == "cpu" else len(devices)
+    chosen = list(widths or (width for width in (1, 2, 4, 8, 16, 32) if width <= most))
+    kind = "cpu" if devices[0].platform == "cpu" else "gpu"
+    dtype = resolve_dtype("auto", "bfloat16", kind)
+    measured = []
+    for width in chosen:
+        mesh = make_mesh(width)
+        progress(f"width {width}: matrix products")
+        bandwidth, rates = _products(mesh, dtype)
+        progress(f"width {width}: all-reduces")
+        alpha, beta = _all_reduces(mesh, dtype)
+        progress(f"width {width}: the host's share of a step")
+        measured.append(Measured(width, bandwidth, rates, alpha, beta, _host_seconds(width)))
+    title = devices[0].device_kind if kind == "gpu" else f"{cores} cores of {_processor()}"
+    return Calibration(
+        title, kind, str(dtype), device_bytes(1, devices[0]), datetime.now(UTC).isoformat(timespec="seconds"),
+        {"jax": jax.__version__, "python": platform.python_version()}, tuple(measured),
+    )  # fmt: skip
+
+
+def fit_alpha_beta(sizes: Sequence[float], seconds: Sequence[float]) -> tuple[float, float]:
+    """alpha and beta, neither below 0, of `alpha + beta * bytes` with the least squares of the relative errors."""
+    x, t = np.asarray(sizes, np.float64), np.asarray(seconds, np.float64)
+    alpha, beta = np.linalg.lstsq(np.stack([1 / t, x / t], axis=1), np.ones(len(t)), rcond=None)[0]
+    if alpha < 0:
+        return 0.0, float(np.sum(x / t) / np.sum((x / t) ** 2))
+    if beta < 0:
+        return float(np.sum(1 / t) / np.sum(1 / t**2)), 0.0
+    return float(alpha), float(beta)
+
+
+def _products(mesh: Mesh, dtype: np.dtype) -> tuple[float, tuple[tuple[int, float], ...]]:
+    """Bytes of weights a second with one row, and operations a second by rows, of one device while all work."""
+    each = NamedSharding(mesh, P("tp"))
+    shapes = ((mesh.size, _EMBED), (_FFN, _EMBED)), ((mesh.size, _FFN), (_EMBED, _FFN))
+    ups, downs = (
+        [_filled(mesh, (mesh.size, *kernel), dtype, 1e-3 * (i + 1)) for i in range(_PAIRS)] for (_, kernel) in shapes
+    )
+
+    def run(x: jax.Array, ups: list[jax.Array], downs: list[jax.Array]) -> jax.Array:
+        y = x[0]
+        for up, down in zip(ups, downs, strict=True):
+            y = product(product(y, up[0]), down[0])
+        return y[None]
+
+    mapped = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=P("tp"), out_specs=P("tp"), check_vma=False))
+    weights = 2 * _PAIRS * _EMBED * _FFN
+    bandwidth, rates = 0.0, []
+    for rows in _ROWS:
+        x = jax.device_put(jnp.ones((mesh.size, rows, _EMBED), dtype), each)
+        seconds = _median(partial(mapped, x, ups, downs))
+        rates.append((rows, 2 * rows * weights / seconds))
+        bandwidth = max(bandwidth, weights * dtype.itemsize / seconds)
+    return bandwidth, tuple(rates)
+
+
+def _filled(mesh: Mesh, shape: tuple[int, ...], dtype: np.dtype, value: float) -> jax.Array:
+    """An array of one value, a part of it on each device."""
+    return jax.jit(lambda: jnp.full(shape, value, dtype), out_shardings=NamedSharding(mesh, P("tp")))()
+
+
+def _all_reduces(mesh: Mesh, dtype: np.dtype) -> tuple[float, float]:
+    """alpha and beta of an all-reduce inside a program; zeros at width 1."""
+    if mesh.size == 1:
+        return 0.0, 0.0
+
+    def run(x: jax.Array) -> jax.Array:
+        return jax.lax.fori_loop(0, _REPEATS, lambda i, y: jax.lax.psum(y, "tp") * 0.5, x)
+
+    mapped = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=P("tp"), out_specs=P("tp"), check_vma=False))
+    times = []
+    for size in _SIZES:
+        x = _filled(mesh, (mesh.size, size // dtype.itemsize), dtype, 1.0)
+        times.append(_median(partial(mapped, x)) / _REPEATS)
+    return fit_alpha_beta(_SIZES, times)
+
+
+def _host_seconds(width: int) -> float:
+    """Seconds of a step of a tiny model, one sequence decoding: median over a run."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(_TINY))
+        config = EngineConfig(
+            folder, load_format="dummy", tensor_parallel_size=width, max_num_seqs=1, max_num_batched_tokens=16,
+            num_pages=32, compilation_cache_dir="",
+        )  # fmt: skip
+        opened = open_model(config)
+        executor = LocalExecutor(config, opened.files, opened.spec)
+    engine = Engine(executor, eos_token_ids=(), config=config)
+    try:
+        engine.add("calibrate", [1, 2, 3], SamplingParams(temperature=0, max_tokens=200, ignore_eos=True))
+        times = []
+        while engine.has_unfinished():
+            began = time.perf_counter()
+            engine.step()
+            times.append(time.perf_counter() - began)
+    finally:
+        executor.close()
+    return float(np.median(times))
+
+
+def _median(run: Callable[[], Any], least: int = 5) -> float:
+    """Median time of a run, over `_SECONDS` but at least as many runs, after two that are not counted."""
+    for _ in range(2):
+        jax.block_until_ready(run())
+    times: list[float] = []
+    while len(times) < least or (sum(times) < _SECONDS and len(times) < 1000):
+        began = time.perf_counter()
+        jax.block_until_ready(run())
+        times.append(time.perf_counter() - began)
+    return float(np.median(times))
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine() or f"a machine with {psutil.cpu_count()} processors"

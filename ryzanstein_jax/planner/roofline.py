@@ -1,0 +1,173 @@
+"""What one step moves and computes on a device, and how long that takes at best: a roofline for each of its parts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ryzanstein_jax.communication import Collective
+from ryzanstein_jax.model.sizes import PaddedSizes
+from ryzanstein_jax.model.spec import ModelSpec
+from ryzanstein_jax.planner.devices import Device
+from ryzanstein_jax.planner.links import all_gather, all_reduce
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step as the engine makes them: decodes, and one prompt chunk beside them.
+
+    Attributes:
+        decodes: sequences that get one token each.
+        context: tokens that each of them attends to, its own included.
+        prefill: prompt tokens of the chunk.
+        before: tokens of that prompt that are in the cache already.
+    """
+
+    decodes: int = 0
+    context: int = 0
+    prefill: int = 0
+    before: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return self.decodes + self.prefill
+
+    @property
+    def rows(self) -> int:
+        """Rows whose logits are computed: each decode's, and the chunk's last."""
+        return self.decodes + (1 if self.prefill else 0)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one part of a step needs of one device: bytes of memory traffic and operations of matrix products."""
+
+    bytes: float
+    operations: float
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Where the time of a step goes, in seconds.
+
+    Attributes:
+        weights: matrix products that wait for their weights.
+        compute: matrix products and attention that wait for arithmetic.
+        kv: attention that waits for the KV cache.
+        communication: collectives, during which the device does nothing else.
+        host: what the host needs for the step, which runs beside the device.
+    """
+
+    weights: float
+    compute: float
+    kv: float
+    communication: float
+    host: float
+
+    @property
+    def device(self) -> float:
+        return self.weights + self.compute + self.kv + self.communication
+
+    @property
+    def total(self) -> float:
+        """The step: the device's time, or the host's if that is longer."""
+        return max(self.device, self.host)
+
+    @property
+    def communication_share(self) -> float:
+        return self.communication / self.total
+
+    @property
+    def limit(self) -> str:
+        """What to make faster first: "weights", "compute", "kv", "communication" or "host"."""
+        if self.host > self.device:
+            return "host"
+        return max(("weights", "compute", "kv", "communication"), key=lambda name: getattr(self, name))
+
+
+def step_parts(spec: ModelSpec, sizes: PaddedSizes, step: Step, itemsize: int) -> dict[str, Part]:
+    """What a step needs of one device, by part: "linear" (all layers' products), "attention", "head".
+
+    Args:
+        spec, sizes: the model, padded for its width.
+        step: what is computed.
+        itemsize: bytes of a weight, an activation and a cached value.
+    """
+    width, heads = sizes.width, sizes.heads
+    slots, embed = heads.num_slots // width, spec.hidden_size
+    table = sizes.vocab // width * embed
+    layers = sizes.parameters_per_device(spec) - (1 if spec.tie_embeddings else 2) * table - embed
+    # Each layer reads and writes the residual stream about eight times, and what lies between its products twice.
+    inner = 2 * sizes.ffn // width * 3 + 2 * slots * (heads.queries_per_slot + 2) * spec.head_dim
+    activations = step.tokens * spec.num_layers * (8 * embed + inner)
+    linear = Part(itemsize * (layers + activations + step.tokens * embed), 2.0 * step.tokens * layers)
+
+    kv_bytes = attended = 0.0
+    for layer in spec.layers:
+        context = min(step.context, layer.window or step.context)
+        # Prompt token i of the chunk attends to all before it and itself; a window cuts that.
+        keys = step.before + step.prefill
+        mean = step.before + (step.prefill + 1) / 2
+        if layer.window is not None:
+            keys, mean = min(keys, layer.window + step.prefill), min(mean, layer.window)
+        kv_bytes += 2 * itemsize * slots * spec.head_dim * (step.decodes * context + keys + step.tokens)
+        attended += step.decodes * context + step.prefill * mean
+    queries = slots * heads.queries_per_slot
+    attention = Part(kv_bytes, 4.0 * attended * queries * spec.head_dim)
+
+    logits = (
+        4 * step.rows * (sizes.vocab // width + 3 * sizes.vocab)
+    )  # written in float32, gathered, read by the sampler
+    head = Part(itemsize * table * bool(step.rows) + logits, 2.0 * step.rows * table)
+    return {"linear": linear, "attention": attention, "head": head}
+
+
+def step_collectives(spec: ModelSpec, sizes: PaddedSizes, step: Step, itemsize: int) -> list[Collective]:
+    """What the engine's forward communicates, as its compiled program shows it; see `sampler_collectives`.
+
+    Args:
+        step: the tokens of a bucket: padding is sent too.
+    """
+    if sizes.width == 1:
+        return []
+    reduced = Collective("all-reduce", step.tokens * spec.hidden_size * itemsize, sizes.width, 2 * spec.num_layers + 1)
+    found = [reduced]
+    if spec.qk_norm == "all":  # OLMo-2: the sums of squares of queries and keys
+        found.append(Collective("all-reduce", 2 * step.tokens * 4, sizes.width, spec.num_layers))
+    return found
+
+
+def sampler_collectives(sizes: PaddedSizes, rows: int) -> list[Collective]:
+    """The sampler's: the logits of all rows, float32, gathered once."""
+    return [] if sizes.width == 1 else [Collective("all-gather", rows * sizes.vocab * 4, sizes.width, 1)]
+
+
+def predict(spec: ModelSpec, device: Device, step: Step, *, width: int = 1, dtype: str = "bfloat16") -> StepTime:
+    """Time of one step at one width.
+
+    Args:
+        spec: the model.
+        device: what it runs on.
+        step: what is computed.
+        width: devices that share the model.
+        dtype: of weights, activations and cache: "bfloat16", "float16" or "float32".
+
+    Raises:
+        ConfigError: the device has no figures for the dtype.
+    """
+    itemsize = 4 if dtype == "float32" else 2
+    sizes = PaddedSizes.of(spec, width)
+    times = {"weights": 0.0, "compute": 0.0, "kv": 0.0}
+    for name, part in step_parts(spec, sizes, step, itemsize).items():
+        rows = step.rows if name == "head" else step.tokens
+        moving = part.bytes / device.bandwidth()
+        computing = part.operations / device.rate(dtype, rows)
+        if computing > moving:
+            times["compute"] += computing
+        else:
+            times["kv" if name == "attention" else "weights"] += moving
+    communication = 0.0
+    for found in step_collectives(spec, sizes, step, itemsize):
+        communication += found.count * all_reduce(found.bytes, width, device.link)[1]
+    for found in sampler_collectives(sizes, step.rows):
+        communication += found.count * all_gather(found.bytes, width, device.link)
+    return StepTime(**times, communication=communication, host=device.host_seconds)

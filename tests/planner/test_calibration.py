@@ -1,0 +1,97 @@
+"""Calibration: measured here in small, kept in a file, used by plans."""
+
+import json
+
+import pytest
+
+from ryzanstein_jax.errors import ConfigError
+from ryzanstein_jax.planner import calibrate, plan
+from ryzanstein_jax.planner.calibrate import fit_alpha_beta
+from ryzanstein_jax.planner.calibration import (
+    Calibration,
+    Measured,
+    calibration_path,
+    load_calibration,
+    save_calibration,
+)
+
+ONE = Measured(1, 40e9, ((1, 20e9), (64, 200e9)), 0.0, 0.0, 1e-4)
+TWO = Measured(2, 30e9, ((1, 15e9), (64, 180e9)), 1e-5, 2e-10, 2e-4)
+MADE = Calibration("a machine", "cpu", "float32", 16 << 30, "2026-01-01T00:00:00+00:00", {"jax": "0"}, (ONE, TWO))
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("RYZANSTEIN_CACHE", str(tmp_path))
+
+
+def test_a_fit_gives_back_what_it_was_made_of():
+    sizes = [1e3, 1e5, 1e7]
+    alpha, beta = fit_alpha_beta(sizes, [2e-5 + 3e-10 * size for size in sizes])
+    assert alpha == pytest.approx(2e-5) and beta == pytest.approx(3e-10)
+    assert fit_alpha_beta(sizes, [3e-10 * size for size in sizes])[0] == pytest.approx(0, abs=1e-12)
+    alpha, beta = fit_alpha_beta([1e3, 1e6], [2e-5, 1e-5])  # no link is faster with more bytes
+    assert beta == 0 and 1e-5 < alpha < 2e-5
+
+
+def test_it_is_kept_and_used():
+    with pytest.raises(ConfigError, match="plan --calibrate"):
+        plan("llama-3.2-1b", "this", [1])
+    assert save_calibration(MADE) == calibration_path()
+    assert load_calibration() == MADE
+    rows = plan("llama-3.2-1b", "this", [1, 2], [1], context=64, prompt=64).rows
+    # One device of 16 GiB or two of 8: a CPU's devices share its memory.
+    assert [row.memory.card for row in rows] == [16 << 30, 8 << 30]
+    assert rows[0].step.weights == pytest.approx(4 * 1.2358e9 / 40e9, rel=0.02)
+    # 33 all-reduces of one token's 2048 values, at alpha + beta * bytes; the logits come on top.
+    least = 33 * (1e-5 + 2e-10 * 4 * 2048)
+    assert least < rows[1].step.communication < 1.5 * least
+    assert rows[1].speedup == pytest.approx(rows[0].step.total / rows[1].step.total)
+    with pytest.raises(ConfigError, match="tensor_parallel_size=4.*measured at 1, 2"):
+        plan("llama-3.2-1b", "this", [4])
+    with pytest.raises(ConfigError, match="bfloat16"):
+        plan("llama-3.2-1b", "this", [1], dtype="bfloat16")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b"not json", b"[]", b"{}", b'{"version": 2}', b"\xff" * 10, b"[" * 100_000, b"1" * (2 << 20),
+        json.dumps({"version": 1, "widths": [{"width": 1}]}).encode(),
+    ],
+)  # fmt: skip
+def test_a_damaged_file_is_said_to_be(damage):
+    calibration_path().parent.mkdir(parents=True, exist_ok=True)
+    calibration_path().write_bytes(damage)
+    with pytest.raises(ConfigError, match="damaged"):
+        load_calibration()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"bandwidth": 0.0}, {"alpha": -1.0}, {"rates": []}, {"rates": [[1, float("nan")]]}, {"host_seconds": "x"}],
+)
+def test_figures_that_none_can_be_are_damage(change):
+    path = save_calibration(MADE)
+    facts = json.loads(path.read_text())
+    facts["widths"][0] |= change
+    path.write_text(json.dumps(facts))
+    with pytest.raises(ConfigError, match="damaged"):
+        load_calibration()
+
+
+def test_measuring(monkeypatch):
+    """In small: that all of it is measured, and by what law, not how fast this machine is."""
+    for name, value in {"_PAIRS": 1, "_ROWS": (1, 8), "_SIZES": (4096, 262144), "_SECONDS": 0.01}.items():
+        monkeypatch.setattr(calibrate, name, value)
+    said: list[str] = []
+    found = calibrate.calibrate([1, 2], said.append)
+    assert [one.width for one in found.widths] == [1, 2] and found.platform == "cpu" and len(said) == 6
+    one, two = found.widths
+    assert (one.alpha, one.beta) == (0, 0) and two.alpha + two.beta > 0
+    for measured in found.widths:
+        assert [rows for rows, _ in measured.rates] == [1, 8] and measured.host_seconds > 0
+        # One row: two operations for each of a weight's four bytes, which pass at least as fast in one of the products.
+        assert measured.bandwidth >= 2 * measured.rates[0][1] * 0.999
+    save_calibration(found)
+    assert load_calibration() == found

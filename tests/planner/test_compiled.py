@@ -1,0 +1,84 @@
+"""The engine's own programs compiled for GPUs that are not here, held against the plan."""
+
+import sys
+
+import pytest
+
+from ryzanstein_jax.errors import ConfigError
+from ryzanstein_jax.model.families import spec_from_config
+from ryzanstein_jax.planner.compiled import CompileError, compile_jobs, engine_jobs, expected
+from ryzanstein_jax.planner.devices import DEVICES
+from ryzanstein_jax.planner.gpu_targets import TARGETS, target_config
+from ryzanstein_jax.planner.report import compiled_table, same_collectives
+from ryzanstein_jax.planner.shapes import config_of
+
+#: Two layers of the real sizes: a program's kernels are the same as with all 32.
+CONFIG = config_of("llama-3-8b") | {"num_hidden_layers": 2}
+SPEC = spec_from_config(CONFIG)
+WIDTHS = (1, 2, 4, 8)
+
+
+@pytest.fixture(scope="module")
+def programs():
+    """Decode and prefill by device and width; batch 1 at width 8, where one token has been a trap."""
+    jobs = [
+        job
+        for device in ("h100", "h200")
+        for width in WIDTHS
+        for job in engine_jobs(device, width, 1 if width == 8 else 8, context=2048, prefill=256)
+    ]
+    return {(found.job.device, found.job.width, found.job.prefill > 0): found for found in compile_jobs(CONFIG, jobs)}
+
+
+@pytest.mark.parametrize("prefill", [False, True])
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("device", ["h100", "h200"])
+def test_the_compiled_program_is_as_planned(programs, device, width, prefill):
+    found = programs[device, width, prefill]
+    planned = expected(SPEC, found.job)
+    assert planned.total == pytest.approx(found.total, rel=0.02)
+    assert found.total < DEVICES[device].memory
+    # Two all-reduces a layer and that of the embedding, in bfloat16; after decodes the sampler gathers the logits.
+    assert same_collectives(found, planned)
+    reduces = [one.count for one in found.collectives if one.kind == "all-reduce"]
+    assert reduces == ([2 * 2 + 1] if width > 1 else [])
+    # The whole cache is written where it lies; no copy of one layer's keys is made beside it.
+    assert found.cache_in_place
+    if not prefill:
+        assert found.temporaries < found.cache / 4
+    # Everything outside the loops of attention, and each loop's body, is a graph.
+    assert 0 < found.graphs <= 2 * found.loops + 1
+    assert found.kernels > 2 * 4  # at least a layer's four products
+
+
+def test_the_table_shows_them(programs):
+    from rich.console import Console
+
+    console = Console(width=200, record=True, quiet=True)
+    console.print(compiled_table([(found, expected(SPEC, found.job)) for found in programs.values()]))
+    text = console.export_text()
+    assert "NO" not in text and "5 all-reduce of 64 KiB" in text and "1 decodes" in text
+
+
+def test_a_description_for_each_gpu():
+    assert set(TARGETS) == {name for name, device in DEVICES.items() if device.platform == "gpu"}
+    for name in TARGETS:
+        text = target_config(name)
+        assert f"memory_bandwidth: {int(DEVICES[name].memory_bandwidth)}" in text and text.count("{") == text.count("}")
+    with pytest.raises(ConfigError, match="cpu"):
+        target_config("cpu")
+
+
+def test_what_fails_is_said():
+    (job, _) = engine_jobs("h100", 2, 1, context=64, prefill=64)
+    with pytest.raises(CompileError, match="more than 0.01 seconds"):
+        compile_jobs(CONFIG, [job], timeout=0.01)
+
+
+def test_a_missing_compiler_is_named(monkeypatch):
+    monkeypatch.setattr(sys, "path", [])
+    monkeypatch.setattr(sys, "path_importer_cache", {})
+    for name in [name for name in sys.modules if name.split(".")[0] in ("jax_plugins", "nvidia")]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(ConfigError, match=r"ryzanstein-jax\[plan\]"):
+        compile_jobs(CONFIG, engine_jobs("h100", 1, 1, context=64, prefill=64))

@@ -1,0 +1,155 @@
+"""Plans: sums, batches that fit, speedups, verdicts, and how a user asks for them."""
+
+import json
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from ryzanstein_jax.cli import app
+from ryzanstein_jax.errors import ConfigError
+from ryzanstein_jax.model.families import spec_from_config
+from ryzanstein_jax.planner import plan
+from ryzanstein_jax.planner.shapes import SHAPES
+from ryzanstein_jax.planner.targets import verdicts
+from ryzanstein_jax.planner.usage import Setting, largest_batch, memory_use
+from tests.support import golden_spec
+
+GOLDEN = "tests/golden/llama"
+
+#: Published parameter counts, in billions.
+PUBLISHED = {
+    "llama-3-8b": 8.03, "llama-3-70b": 70.55, "llama-3-405b": 405.85, "llama-3.2-1b": 1.24, "llama-3.2-3b": 3.21,
+    "qwen3-8b": 8.19, "qwen3-32b": 32.76, "mixtral-8x7b": 46.70,
+}  # fmt: skip
+
+
+def test_shapes_have_the_published_numbers_of_parameters():
+    found = {name: round(spec_from_config(dict(shape)).num_parameters() / 1e9, 2) for name, shape in SHAPES.items()}
+    assert found == PUBLISHED
+
+
+def test_memory_by_hand():
+    (row,) = plan("llama-3-8b", "h100", [1], [4], context=1024).rows
+    assert row.memory.weights == 2 * 8_030_261_248
+    # 128 KiB a token: 32 layers, 8 heads, 128 values of 2 bytes, twice; 4 bytes for its id; one page more is scratch.
+    assert row.memory.kv_cache == (4 * 1024 + 16) * (131072 + 4)
+    assert row.memory.card == 81559 << 20 and row.memory.budget == int(0.9 * (81559 << 20))
+    assert row.memory.fits
+
+
+@pytest.mark.parametrize("width", [1, 2, 8])
+@pytest.mark.parametrize("context", [100, 8192])
+def test_the_largest_batch_fits_and_one_more_does_not(width, context):
+    made = plan("llama-3-8b", "l40s", [width], [1], context=context, prompt=64)
+    device, most = made.devices["l40s"], made.rows[0].largest_batch
+    setting = Setting(context=context, prompt=64)
+    use = [memory_use(made.spec, device, width, "bfloat16", batch, setting, 0.9) for batch in (most, most + 1)]
+    assert use[0].fits and not use[1].fits
+    assert largest_batch(made.spec, device, width, "float32", setting, 0.9) < most
+
+
+def test_speedup_is_over_one_device_that_may_not_exist():
+    rows = plan("llama-3-70b", "h100", [8], [1]).rows
+    alone = plan("llama-3-70b", "h100", [1], [1]).rows[0]
+    assert alone.largest_batch == 0 and not alone.memory.fits
+    assert rows[0].speedup == pytest.approx(alone.step.total / rows[0].step.total)
+    assert rows[0].efficiency == pytest.approx(rows[0].speedup / 8)
+    assert rows[0].tokens_per_second == pytest.approx(1 / rows[0].step.total)
+    assert rows[0].prefill_speedup == pytest.approx(alone.first_token / rows[0].first_token)
+
+
+def test_a_prompt_is_computed_in_chunks():
+    whole, halves = (
+        plan("llama-3-8b", "h100", [1], [1], prompt=2048, max_num_batched_tokens=chunk).rows[0]
+        for chunk in (2048, 1024)
+    )
+    # The same arithmetic; the weights and the host are waited for twice.
+    assert halves.prefill.compute == pytest.approx(whole.prefill.compute, rel=0.01)
+    assert halves.prefill.host == 2 * whole.prefill.host
+
+
+def test_verdicts_name_what_is_met():
+    made = plan("llama-3-8b", "h100", [1, 2, 8], [1, 32, 256])
+    found = {(v.target.name, v.width): v for v in verdicts(made)}
+    two = found["1.9x on 2 devices", 2]
+    assert (two.met, two.missed, two.too_large) == ((32,), (1,), (256,))
+    eight = found["7.9x on 8", 8]
+    assert not eight.met and str(eight).startswith("no; best")
+    best = eight.best
+    # With communication cut to its budget the target is met exactly.
+    budget = best.communication_budget(7.9)
+    alone = best.speedup * best.step.total
+    assert alone / (best.step.device - best.step.communication + budget) == pytest.approx(7.9)
+    assert ("1.9x on 2 devices", 8) not in found
+    assert found["a token in less than 50 ms", 1].met == (1, 32)
+    for row in made.rows:
+        assert row.speedup <= row.width * 1.001
+
+
+def test_nothing_is_faster_than_ideal():
+    for real, ideal in zip(
+        plan("llama-3-8b", "h200").rows, plan("llama-3-8b", "h200", shares=(1.0, 1.0)).rows, strict=True
+    ):
+        assert ideal.step.total < real.step.total
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"device": "h1000"}, "device='h1000'.*h100"),
+        ({"tensor_parallel_size": [0]}, "tensor_parallel_size=0"),
+        ({"tensor_parallel_size": [True]}, "tensor_parallel_size=True"),
+        ({"batch": [1 << 40]}, "batch="),
+        ({"batch": []}, "batch="),
+        ({"batch": list(range(1, 5000))}, "combinations"),
+        ({"context": 1 << 20}, "limit is 131072"),
+        ({"context": -1}, "context=-1"),
+        ({"dtype": "float8"}, "dtype='float8'"),
+        ({"memory_fraction": 2}, "memory_fraction=2"),
+        ({"page_size": 0}, "page_size=0"),
+    ],
+)
+def test_what_is_out_of_range_is_refused_by_name(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        plan("llama-3-8b", **arguments)
+    with pytest.raises(ConfigError, match="no/such-model"):
+        plan("./no/such-model")
+
+
+def test_planning_needs_no_jax():
+    code = "from ryzanstein_jax.planner import plan; plan('llama-3-8b'); import sys; assert 'jax' not in sys.modules"
+    import subprocess
+
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_folder_is_planned_from_its_config_alone(tmp_path):
+    config = json.loads(open(f"{GOLDEN}/config.json").read())
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    made = plan(str(tmp_path), "cpu", [2], [3], context=32, prompt=16, dtype="float32")
+    assert made.spec == golden_spec("llama").replace(max_position_embeddings=made.spec.max_position_embeddings)
+    assert made.rows[0].memory.weights == 4 * made.rows[0].memory.weights // 4 > 0
+
+
+def test_the_command_prints_and_writes(tmp_path):
+    picture = tmp_path / "plan.svg"
+    asked = ["plan", "llama-3-8b", "--device", "h100,h200", "--tp", "1,8", "--batch", "1,16"]
+    facts = json.loads(CliRunner().invoke(app, [*asked, "--json"]).stdout)
+    assert [(row["device"], row["width"], row["batch"]) for row in facts["rows"]] == [
+        (device, width, batch) for device in ("h100", "h200") for width in (1, 8) for batch in (1, 16)
+    ]
+    assert facts["rows"][0]["step"]["limit"] == "weights" and facts["devices"]["h100"]["sources"]
+    shown = CliRunner().invoke(app, asked).stdout
+    for text in ("H200 SXM", "reading weights", "7.9x on 8", "3,350 GB/s x 70%"):
+        assert text in shown
+    wrong = CliRunner().invoke(app, ["plan", "llama-3-8b", "--device", "h100", "--tp", "1,x"])
+    assert isinstance(wrong.exception, ConfigError) and "tp='1,x'" in str(wrong.exception)
+    done = CliRunner().invoke(app, [*asked, "--plot", str(picture)])
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        assert "takes matplotlib" in str(done.exception)
+    else:
+        assert "<svg" in picture.read_text()
