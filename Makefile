@@ -35,7 +35,9 @@ lint: setup
 	$(python) -m mypy
 
 # The coverage that is asked for stands in pyproject.toml: tool.coverage.report.fail_under.
+# The tests compile for GPUs too, with the compiler that the extra `plan` brings; no GPU is needed.
 test: lint
+	$(python) -m pip install --quiet --disable-pip-version-check --editable '.[plan]'
 	$(python) -m pytest -q --durations=15 --cov --cov-report=term
 	@$(MAKE) --no-print-directory oldest
 

@@ -23,7 +23,9 @@ def plan(
     device: Annotated[
         str, typer.Option(help='Such as h100, or h100,h200; "this" is calibrated, "auto" looks.')
     ] = "auto",
-    tp: Annotated[str, typer.Option("--tensor-parallel-size", "--tp", "-t", help="Widths.")] = "1,2,4,8",
+    tp: Annotated[
+        str | None, typer.Option("--tensor-parallel-size", "--tp", "-t", help="Widths; 1,2,4,8, or what was measured.")
+    ] = None,
     batch: Annotated[str, typer.Option(help="Sequences that decode together.")] = "1,8,32",
     context: Annotated[int | None, typer.Option(help="Tokens of each sequence; 8192, or the model's most.")] = None,
     prompt: Annotated[int | None, typer.Option(help="Tokens of the prompt; 2048, or less with the context.")] = None,
@@ -44,6 +46,7 @@ def plan(
     from ryzanstein_jax import planner
     from ryzanstein_jax.model.families import spec_from_config
     from ryzanstein_jax.planner import report
+    from ryzanstein_jax.planner.calibration import load_calibration
     from ryzanstein_jax.planner.shapes import config_of
 
     console = Console() if Console().is_terminal else Console(width=_WIDE)
@@ -58,6 +61,9 @@ def plan(
         raise ConfigError(
             "device", "auto", "name one, such as h100, or measure this machine: ryzanstein plan --calibrate"
         )
+    if tp is None:
+        measured = load_calibration().widths if "this" in names else ()
+        tp = ",".join(str(one.width) for one in measured) or "1,2,4,8"
     most = spec_from_config(config_of(model)).max_position_embeddings
     context = context if context is not None else min(8192, most)
     made = planner.plan(

@@ -15,6 +15,8 @@ from ryzanstein_jax.planner.devices import Device, Link
 
 _VERSION = 1
 _MOST_BYTES = 1 << 20
+#: Bytes a second where there is nobody to send to: a number still, as JSON wants it.
+NO_LINK = 1e18
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class Calibration:
         if found is None:
             known = ", ".join(str(one.width) for one in self.widths)
             raise ConfigError("tensor_parallel_size", width, f"this machine was measured at {known}")
-        bus = 2 * (width - 1) / width / found.beta if found.beta else math.inf
+        bus = 2 * (width - 1) / width / found.beta if found.beta else NO_LINK
         memory = self.memory // width if self.platform == "cpu" else self.memory  # CPU devices share the host's
         source = f"measured by ryzanstein plan --calibrate, {self.made}"
         return Device(

@@ -138,7 +138,7 @@ def plan(
     for name in devices:
         for width in widths:
             one = _device(name, width, shares)
-            used.setdefault(one.name, one)
+            used[one.name] = one  # of a measured machine the last width's figures, of others always the same
             rows += _estimates(spec, one, _device(name, 1, shares), width, batches, chosen)
     return Plan(model, spec, chosen, used, tuple(rows))
 

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from ryzanstein_jax.communication import Collective
 from ryzanstein_jax.errors import ConfigError
+from ryzanstein_jax.planner.calibration import NO_LINK
 from ryzanstein_jax.planner.compiled import Compiled, Expected
 from ryzanstein_jax.planner.estimate import Estimate, Plan
 from ryzanstein_jax.planner.targets import verdicts
@@ -65,10 +66,13 @@ def assumptions(plan: Plan) -> list[str]:
         link = device.link
         rate = " or ".join(f"{rate / 1e12:,.2f} ({dtype})" for dtype, rate in device.rates.items() if dtype != "float8")
         kernel = f", kernels {1e6 * link.kernel:.1f} us" if link.kernel is not None else ""
+        sending = f"bus {link.bus_bandwidth / 1e9:,.0f} GB/s, all-reduce from {1e6 * link.start:.0f} us{kernel}, "
+        if link.bus_bandwidth >= NO_LINK:
+            sending = ""
         lines.append(
             f"{device.title}: {device.memory / _GIB:.1f} GiB, {device.memory_bandwidth / 1e9:,.0f} GB/s x "
             f"{device.memory_share:.0%}, {rate} Tflop/s x {device.compute_share:.0%}, "
-            f"bus {link.bus_bandwidth / 1e9:,.0f} GB/s, all-reduce from {1e6 * link.start:.0f} us{kernel}, "
+            f"{sending}"
             f"host {1e3 * device.host_seconds:.2f} ms a step"
         )
     return lines
