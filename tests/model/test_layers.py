@@ -1,5 +1,6 @@
 """Layers against numpy."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from ryzanstein_jax.model.layers import (
 )
 from ryzanstein_jax.model.params import param_specs
 from ryzanstein_jax.model.spec import MoeSpec, RopeSpec
+from ryzanstein_jax.sharding import make_mesh
 
 F32 = jnp.dtype("float32")
 
@@ -70,6 +72,16 @@ def test_embedding_and_its_logits():
     logits = layer.logits(x)
     close(logits, x @ values["table"].T)
     assert logits.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("width", [1, 2, 8])
+@pytest.mark.parametrize("tokens", [[15], [0, 7, 8, 15], [-3, 99]])
+def test_embedding_over_devices(width, tokens):
+    """Each token's row is on one device only; ids out of the table take its nearest row, as on one device."""
+    layer, values = filled(VocabParallelEmbedding(16, 6, dtype=F32))
+    with jax.set_mesh(make_mesh(width)):
+        found = jax.jit(layer)(jnp.asarray(tokens))
+    assert np.array_equal(found, values["table"][np.clip(tokens, 0, 15)])
 
 
 @pytest.mark.parametrize("offset", [0.0, 1.0])
