@@ -7,7 +7,9 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -26,8 +28,11 @@ from ryzanstein_jax.engine.engine import Engine
 from ryzanstein_jax.engine.local import LocalExecutor
 from ryzanstein_jax.engine.open import open_model
 from ryzanstein_jax.memory import device_bytes
+from ryzanstein_jax.model.families import spec_from_config
 from ryzanstein_jax.model.layers import product
 from ryzanstein_jax.planner.calibration import Calibration, Measured
+from ryzanstein_jax.planner.devices import Device
+from ryzanstein_jax.planner.roofline import Step, predict
 from ryzanstein_jax.request import SamplingParams
 from ryzanstein_jax.sharding import make_mesh
 
@@ -43,6 +48,14 @@ _TINY = {
     "num_hidden_layers": 1, "num_attention_heads": 8, "num_key_value_heads": 8, "intermediate_size": 64,
     "max_position_embeddings": 256, "torch_dtype": "float32",
 }  # fmt: skip
+
+#: A small model of usual proportions, and the steps of it that are timed: (sequences that decode, prompt tokens).
+_REFERENCE = {
+    **_TINY, "vocab_size": 16384, "hidden_size": 512, "num_hidden_layers": 8, "num_key_value_heads": 4,
+    "intermediate_size": 1536, "max_position_embeddings": 512,
+}  # fmt: skip
+_PROMPT = 8  # tokens before the decodes
+_STEPS = ((1, 0), (8, 0), (0, 480))
 
 Progress = Callable[[str], None]
 
@@ -78,10 +91,14 @@ def calibrate(widths: Sequence[int] | None = None, progress: Progress = lambda w
         progress(f"width {width}: the host's share of a step")
         measured.append(Measured(width, bandwidth, rates, alpha, beta, _host_seconds(width)))
     title = devices[0].device_kind if kind == "gpu" else f"{cores} cores of {_processor()}"
-    return Calibration(
+    found = Calibration(
         title, kind, str(dtype), device_bytes(1, devices[0]), datetime.now(UTC).isoformat(timespec="seconds"),
         {"jax": jax.__version__, "python": platform.python_version()}, tuple(measured),
     )  # fmt: skip
+    for place, one in enumerate(measured):
+        progress(f"width {one.width}: steps of a small model")
+        measured[place] = replace(one, overheads=_overheads(found.device(one.width), one.width, str(dtype)))
+    return replace(found, widths=tuple(measured))
 
 
 def fit_alpha_beta(sizes: Sequence[float], seconds: Sequence[float]) -> tuple[float, float]:
@@ -142,26 +159,67 @@ def _all_reduces(mesh: Mesh, dtype: np.dtype) -> tuple[float, float]:
 
 
 def _host_seconds(width: int) -> float:
-    """Seconds of a step of a tiny model, one sequence decoding: median over a run."""
+    """Seconds of a step of a tiny model, one sequence decoding."""
+    with _engine(_TINY, width, max_num_seqs=1, max_num_batched_tokens=16) as engine:
+        return _decode_seconds(engine, 1, 200)
+
+
+def _overheads(device: Device, width: int, dtype: str) -> tuple[tuple[int, float], ...]:
+    """(tokens, factor): how many times longer than its products and bytes a step of the small model takes."""
+    spec, found = spec_from_config(_REFERENCE), []
+    most = max(decodes for decodes, _ in _STEPS)
+    with _engine(_REFERENCE, width, dtype=dtype, max_num_seqs=most) as engine:
+        for decodes, prompt in _STEPS:
+            if prompt:
+                step, seconds = Step(prefill=prompt), _prompt_seconds(engine, prompt)
+            else:
+                step, seconds = Step(decodes, context=_PROMPT + 32), _decode_seconds(engine, decodes, 64)
+            time = predict(spec, device, step, width=width, dtype=dtype)
+            working = time.device - time.communication
+            found.append((step.tokens, max(1.0, (seconds - time.communication) / working)))
+    return tuple(sorted(found))
+
+
+@contextmanager
+def _engine(shape: dict[str, Any], width: int, **settings: Any) -> Iterator[Engine]:
+    """An engine with random weights."""
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(_TINY))
+        (Path(folder) / "config.json").write_text(json.dumps(shape))
         config = EngineConfig(
-            folder, load_format="dummy", tensor_parallel_size=width, max_num_seqs=1, max_num_batched_tokens=16,
-            num_pages=32, compilation_cache_dir="",
-        )  # fmt: skip
+            folder, load_format="dummy", tensor_parallel_size=width, compilation_cache_dir="", **settings
+        )
         opened = open_model(config)
         executor = LocalExecutor(config, opened.files, opened.spec)
-    engine = Engine(executor, eos_token_ids=(), config=config)
     try:
-        engine.add("calibrate", [1, 2, 3], SamplingParams(temperature=0, max_tokens=200, ignore_eos=True))
-        times = []
-        while engine.has_unfinished():
-            began = time.perf_counter()
-            engine.step()
-            times.append(time.perf_counter() - began)
+        yield Engine(executor, eos_token_ids=(), config=config)
     finally:
         executor.close()
+
+
+def _decode_seconds(engine: Engine, sequences: int, tokens: int) -> float:
+    """Median time of a step in which that many sequences decode, each to so many tokens."""
+    for number in range(sequences):
+        prompt = [(number + place) % 251 for place in range(_PROMPT)]
+        engine.add(str(number), prompt, SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True))
+    times = []
+    while engine.has_unfinished():
+        began = time.perf_counter()
+        engine.step()
+        times.append(time.perf_counter() - began)
     return float(np.median(times))
+
+
+def _prompt_seconds(engine: Engine, length: int) -> float:
+    """Median time from a prompt to its first token, each prompt a new one."""
+    times = []
+    for number in range(6):
+        began = time.perf_counter()
+        prompt = [(number + 1) * (place + 1) % 251 for place in range(length)]
+        engine.add(str(number), prompt, SamplingParams(temperature=0, max_tokens=1, ignore_eos=True))
+        while engine.has_unfinished():
+            engine.step()
+        times.append(time.perf_counter() - began)
+    return float(np.median(times[1:]))
 
 
 def _median(run: Callable[[], Any], least: int = 5) -> float:

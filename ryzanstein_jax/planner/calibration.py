@@ -13,7 +13,7 @@ from ryzanstein_jax.cache import cache_dir
 from ryzanstein_jax.errors import ConfigError
 from ryzanstein_jax.planner.devices import Device, Link
 
-_VERSION = 1
+_VERSION = 2
 _MOST_BYTES = 1 << 20
 #: Bytes a second where there is nobody to send to: a number still, as JSON wants it.
 NO_LINK = 1e18
@@ -29,6 +29,7 @@ class Measured:
         rates: (rows, operations a second) of matrix products.
         alpha, beta: an all-reduce takes `alpha + beta * bytes` seconds; 0 at width 1.
         host_seconds: of a step of a model so small that nothing else takes time.
+        overheads: (tokens of a step, factor) by which a small model's steps took longer than predicted without it.
     """
 
     width: int
@@ -37,6 +38,7 @@ class Measured:
     alpha: float
     beta: float
     host_seconds: float
+    overheads: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ class Calibration:
             "this", self.title, memory, found.bandwidth, {self.dtype: max(rate for _, rate in found.rates)},
             Link(bus, bus, start=found.alpha, hop=0.0), found.host_seconds, memory_share=1.0, compute_share=1.0,
             sources=dict.fromkeys(("memory_bandwidth", "rates", "link", "collectives", "host_seconds"), source),
-            rate_by_rows=found.rates, platform=self.platform,
+            rate_by_rows=found.rates, overheads=found.overheads, platform=self.platform,
         )  # fmt: skip
 
 
@@ -118,8 +120,9 @@ def load_calibration(path: Path | None = None) -> Calibration:
 
 
 def _measured(facts: dict[str, Any]) -> Measured:
-    one = Measured(**{**facts, "rates": tuple((int(rows), float(rate)) for rows, rate in facts["rates"])})
-    numbers = (one.bandwidth, *(rate for _, rate in one.rates))
+    pairs = {name: tuple((int(at), float(value)) for at, value in facts[name]) for name in ("rates", "overheads")}
+    one = Measured(**{**facts, **pairs})
+    numbers = (one.bandwidth, *(value for _, value in (*one.rates, *one.overheads)))
     if not one.rates or not all(math.isfinite(x) and x > 0 for x in numbers):
         raise ValueError("no rates above 0")
     if not all(math.isfinite(x) and x >= 0 for x in (one.alpha, one.beta, one.host_seconds)):

@@ -43,7 +43,7 @@ _KERNELS = (
 
 
 def compile_one(config: dict[str, Any], job: Job, target: str) -> dict[str, Any]:
-    """Compiles one step: its forward, and the sampler of decodes; the fields of `Compiled`, but for the job."""
+    """Compiles the forward of a step, and the sampler if asked to; the fields of `Compiled`, but for the job."""
     spec = spec_from_config(config)
     # A power of two: XLA describes whole machines.
     size = 1 << max(0, math.ceil(math.log2(job.width)))
@@ -57,7 +57,7 @@ def compile_one(config: dict[str, Any], job: Job, target: str) -> dict[str, Any]
     with tempfile.TemporaryDirectory() as folder:
         forward = programs.lower_forward(bucket).compile(compiler_options={"xla_dump_to": folder})
         thunks = _thunks(Path(folder))
-    samplers = [programs.lower_sample(job.rows).compile()] if job.decodes else []
+    samplers = [programs.lower_sample(job.rows).compile()] if job.sampler else []
     account = memory_analysis(forward)
     steps = _THUNK.findall(thunks)
     return {

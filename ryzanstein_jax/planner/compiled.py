@@ -40,6 +40,7 @@ class Job:
         num_pages: of the KV cache.
         page_size: tokens in a page.
         dtype: "bfloat16", "float16" or "float32".
+        sampler: compile the sampler of its rows too.
     """
 
     device: str
@@ -50,6 +51,7 @@ class Job:
     num_pages: int
     page_size: int = 16
     dtype: str = "bfloat16"
+    sampler: bool = False
 
     @property
     def rows(self) -> int:
@@ -70,7 +72,7 @@ class Compiled:
         job: what was compiled.
         arguments, outputs, aliased, temporaries: XLA's account. Aliased outputs lie where arguments lay.
         cache: of the KV cache, which is an argument and an output.
-        collectives: of the forward, and of the sampler after decodes.
+        collectives: of the forward, and of the sampler where it was compiled.
         graphs: CUDA graphs (command buffers) of the forward, those in loops counted once.
         kernels: kernels of the forward, those in loops counted once.
         loops: loops of which each turn waits for the host, because their length depends on the context.
@@ -123,7 +125,7 @@ def expected(spec: ModelSpec, job: Job) -> Expected:
     logits = 4 * job.rows * sizes.vocab // job.width
     spare = temporaries(spec, sizes, job.decodes, job.prefill, itemsize)
     found = step_collectives(spec, sizes, step, itemsize)
-    if job.decodes:
+    if job.sampler:
         found += sampler_collectives(sizes, job.rows)
     return Expected(weights + cache + logits + spare, tuple(found))
 
@@ -131,10 +133,10 @@ def expected(spec: ModelSpec, job: Job) -> Expected:
 def engine_jobs(
     device: str, width: int, batch: int, *, context: int, prefill: int, page_size: int = 16, dtype: str = "bfloat16"
 ) -> list[Job]:
-    """The decode and the prefill program of an engine that holds `batch` sequences of `context` tokens."""
+    """The decode (with its sampler) and the prefill program of an engine with `batch` sequences of `context` tokens."""
     held = batch * pages(context, page_size) + 1
     shared: dict[str, Any] = {"context": context, "num_pages": held, "page_size": page_size, "dtype": dtype}
-    return [Job(device, width, batch, 0, **shared), Job(device, width, 0, prefill, **shared)]
+    return [Job(device, width, batch, 0, sampler=True, **shared), Job(device, width, 0, prefill, **shared)]
 
 
 def compile_jobs(config: dict[str, Any], jobs: Sequence[Job], *, timeout: float = 1800.0) -> list[Compiled]:

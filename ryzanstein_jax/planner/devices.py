@@ -46,6 +46,8 @@ class Device:
         memory_share, compute_share: of the nominal figures that good programs reach.
         sources: field -> where its figure comes from.
         rate_by_rows: (rows, operations a second) of measured matrix products; they then stand for `rates`.
+        overheads: (tokens of a step, factor) by which measured steps took longer than their products and bytes: norms,
+            rotations, the engine's own attention. None for the table's devices.
         platform: "gpu" or "cpu".
     """
 
@@ -60,6 +62,7 @@ class Device:
     compute_share: float = 0.6
     sources: dict[str, str] = field(default_factory=dict)
     rate_by_rows: tuple[tuple[int, float], ...] = ()
+    overheads: tuple[tuple[int, float], ...] = ()
     platform: str = "gpu"
 
     def bandwidth(self) -> float:
@@ -76,12 +79,20 @@ class Device:
             raise ConfigError("dtype", dtype, f"{self.title} has figures for {', '.join(self.rates)}")
         if not self.rate_by_rows:
             return self.rates[dtype] * self.compute_share
-        measured, rates = np.asarray(self.rate_by_rows, np.float64).T
-        return float(np.interp(rows, measured, rates))
+        return _between(rows, self.rate_by_rows)
+
+    def overhead(self, tokens: int) -> float:
+        """How many times longer than its products and bytes a step with so many tokens takes."""
+        return _between(tokens, self.overheads) if self.overheads else 1.0
 
     def shares(self, memory: float, compute: float) -> Device:
         """The same device with programs that reach other shares of the nominal figures."""
         return replace(self, memory_share=memory, compute_share=compute)
+
+
+def _between(value: int, points: tuple[tuple[int, float], ...]) -> float:
+    at, found = np.asarray(points, np.float64).T
+    return float(np.interp(value, at, found))
 
 
 def _rates(half: float, single: float, eight: float | None = None) -> dict[str, float]:

@@ -165,6 +165,8 @@ def predict(spec: ModelSpec, device: Device, step: Step, *, width: int = 1, dtyp
             times["compute"] += computing
         else:
             times["kv" if name == "attention" else "weights"] += moving
+    slower = device.overhead(step.tokens)
+    times = {name: slower * seconds for name, seconds in times.items()}
     communication = 0.0
     for found in step_collectives(spec, sizes, step, itemsize):
         communication += found.count * all_reduce(found.bytes, width, device.link)[1]

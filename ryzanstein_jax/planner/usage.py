@@ -82,8 +82,9 @@ def pages(tokens: int, page_size: int) -> int:
 def temporaries(spec: ModelSpec, sizes: PaddedSizes, decodes: int, prefill: int, itemsize: int) -> int:
     """Bytes that a forward takes besides arguments and results, as XLA's GPU compiler lays them out.
 
-    The largest of three moments: the products of an MLP, the attention of decode tokens over one block of each, and
-    the last norm, which is taken in float32 over all tokens.
+    The largest of four moments: the products of an MLP, one with few rows whose sum is cut into parts (float32, at most
+    16 of them and 16 MiB), the attention of decode tokens over one block of each, and the last norm, which is taken in
+    float32 over all tokens.
     """
     tokens, embed, width = decodes + prefill, spec.hidden_size, sizes.width
     slots = sizes.heads.num_slots // width
@@ -93,10 +94,11 @@ def temporaries(spec: ModelSpec, sizes: PaddedSizes, decodes: int, prefill: int,
     if spec.moe:
         ffn = max(ffn, sizes.experts // width * spec.moe.intermediate_size)
     mlp = stream + 3 * tokens * ffn * itemsize
+    parts = stream // 3 + 4 * min(16 * tokens * embed, 4 << 20)
     last_norm = stream + 4 * tokens * embed
     block = decodes * _BLOCK * slots * spec.head_dim * itemsize * 2  # keys and values
     scores = decodes * queries * (_BLOCK * (4 + itemsize) + 3 * spec.head_dim * 4)
-    return max(mlp, last_norm, stream + block + scores)
+    return max(mlp, parts, last_norm, stream + block + scores)
 
 
 def memory_use(

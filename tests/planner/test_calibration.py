@@ -16,7 +16,7 @@ from ryzanstein_jax.planner.calibration import (
 )
 
 ONE = Measured(1, 40e9, ((1, 20e9), (64, 200e9)), 0.0, 0.0, 1e-4)
-TWO = Measured(2, 30e9, ((1, 15e9), (64, 180e9)), 1e-5, 2e-10, 2e-4)
+TWO = Measured(2, 30e9, ((1, 15e9), (64, 180e9)), 1e-5, 2e-10, 2e-4, ((1, 1.0), (64, 1.0)))
 MADE = Calibration("a machine", "cpu", "float32", 16 << 30, "2026-01-01T00:00:00+00:00", {"jax": "0"}, (ONE, TWO))
 
 
@@ -56,8 +56,8 @@ def test_it_is_kept_and_used():
 @pytest.mark.parametrize(
     "damage",
     [
-        b"not json", b"[]", b"{}", b'{"version": 2}', b"\xff" * 10, b"[" * 100_000, b"1" * (2 << 20),
-        json.dumps({"version": 1, "widths": [{"width": 1}]}).encode(),
+        b"not json", b"[]", b"{}", b'{"version": 1}', b"\xff" * 10, b"[" * 100_000, b"1" * (2 << 20),
+        json.dumps({"version": 2, "widths": [{"width": 1}]}).encode(),
     ],
 )  # fmt: skip
 def test_a_damaged_file_is_said_to_be(damage):
@@ -82,15 +82,18 @@ def test_figures_that_none_can_be_are_damage(change):
 
 def test_measuring(monkeypatch):
     """In small: that all of it is measured, and by what law, not how fast this machine is."""
-    for name, value in {"_PAIRS": 1, "_ROWS": (1, 8), "_SIZES": (4096, 262144), "_SECONDS": 0.01}.items():
+    small = {"_PAIRS": 1, "_ROWS": (1, 8), "_SIZES": (4096, 262144), "_SECONDS": 0.01, "_STEPS": ((1, 0), (0, 60))}
+    for name, value in (small | {"_REFERENCE": calibrate._TINY}).items():
         monkeypatch.setattr(calibrate, name, value)
     said: list[str] = []
     found = calibrate.calibrate([1, 2], said.append)
-    assert [one.width for one in found.widths] == [1, 2] and found.platform == "cpu" and len(said) == 6
+    assert [one.width for one in found.widths] == [1, 2] and found.platform == "cpu" and len(said) == 8
     one, two = found.widths
     assert (one.alpha, one.beta) == (0, 0) and two.alpha + two.beta > 0
     for measured in found.widths:
         assert [rows for rows, _ in measured.rates] == [1, 8] and measured.host_seconds > 0
+        assert [tokens for tokens, _ in measured.overheads] == [1, 60]
+        assert all(factor >= 1 for _, factor in measured.overheads)
         # One row: two operations for each of a weight's four bytes, which pass at least as fast in one of the products.
         assert measured.bandwidth >= 2 * measured.rates[0][1] * 0.999
     save_calibration(found)

@@ -1,5 +1,7 @@
 """What a step moves, computes and sends, by hand, on a model of small round sizes."""
 
+import dataclasses
+
 import pytest
 
 from ryzanstein_jax.communication import Collective
@@ -91,6 +93,14 @@ def test_limit_and_share():
 def test_measured_rates_are_interpolated():
     measured = Device("m", "m", 1, 1.0, {"float32": 9.0}, SIMPLE.link, rate_by_rows=((4, 100.0), (8, 300.0)))
     assert [measured.rate("float32", rows) for rows in (1, 4, 6, 8, 99)] == [100, 100, 200, 300, 300]
+
+
+def test_measured_overhead_slows_all_but_communication():
+    step = Step(decodes=3, context=40)
+    slower = dataclasses.replace(SIMPLE, overheads=((1, 1.0), (5, 3.0)))  # 2 at 3 tokens
+    plain, slow = (predict(SPEC, device, step, width=2, dtype="float32") for device in (SIMPLE, slower))
+    assert slow.communication == plain.communication
+    assert slow.device - slow.communication == pytest.approx(2 * (plain.device - plain.communication))
 
 
 def test_every_figure_has_a_source():
