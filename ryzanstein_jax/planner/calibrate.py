@@ -36,8 +36,9 @@ from ryzanstein_jax.planner.roofline import Step, predict
 from ryzanstein_jax.request import SamplingParams
 from ryzanstein_jax.sharding import make_mesh
 
-#: Weights of a pass: far more than a cache holds, and few enough for any machine.
-_PAIRS, _EMBED, _FFN = 12, 1024, 4096
+#: Weights of a pass: far more than a cache holds, and on a GPU so many in each product that its start doesn't count.
+_PAIRS = 12
+_KERNEL = {"cpu": (1024, 4096), "gpu": (4096, 14336)}
 _ROWS = (1, 4, 16, 64, 256, 512)
 _SIZES = (4 << 10, 64 << 10, 1 << 20, 8 << 20)
 _REPEATS = 10
@@ -115,9 +116,10 @@ def fit_alpha_beta(sizes: Sequence[float], seconds: Sequence[float]) -> tuple[fl
 def _products(mesh: Mesh, dtype: np.dtype) -> tuple[float, tuple[tuple[int, float], ...]]:
     """Bytes of weights a second with one row, and operations a second by rows, of one device while all work."""
     each = NamedSharding(mesh, P("tp"))
-    shapes = ((mesh.size, _EMBED), (_FFN, _EMBED)), ((mesh.size, _FFN), (_EMBED, _FFN))
+    embed, ffn = _KERNEL["cpu" if mesh.devices.flat[0].platform == "cpu" else "gpu"]
     ups, downs = (
-        [_filled(mesh, (mesh.size, *kernel), dtype, 1e-3 * (i + 1)) for i in range(_PAIRS)] for (_, kernel) in shapes
+        [_filled(mesh, (mesh.size, *kernel), dtype, 1e-3 * (i + 1)) for i in range(_PAIRS)]
+        for kernel in ((ffn, embed), (embed, ffn))
     )
 
     def run(x: jax.Array, ups: list[jax.Array], downs: list[jax.Array]) -> jax.Array:
@@ -127,10 +129,10 @@ def _products(mesh: Mesh, dtype: np.dtype) -> tuple[float, tuple[tuple[int, floa
         return y[None]
 
     mapped = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=P("tp"), out_specs=P("tp"), check_vma=False))
-    weights = 2 * _PAIRS * _EMBED * _FFN
+    weights = 2 * _PAIRS * embed * ffn
     bandwidth, rates = 0.0, []
     for rows in _ROWS:
-        x = jax.device_put(jnp.ones((mesh.size, rows, _EMBED), dtype), each)
+        x = jax.device_put(jnp.ones((mesh.size, rows, embed), dtype), each)
         seconds = _median(partial(mapped, x, ups, downs))
         rates.append((rows, 2 * rows * weights / seconds))
         bandwidth = max(bandwidth, weights * dtype.itemsize / seconds)

@@ -20,8 +20,9 @@ from ryzanstein_jax.planner.gpu_targets import target_config
 from ryzanstein_jax.planner.roofline import Step, sampler_collectives, step_collectives
 from ryzanstein_jax.planner.usage import pages, temporaries
 
-#: What brings each; the compiler of GPU programs is in the plugin, and needs the others.
-_PACKAGES = {"jax_plugins": "jax-cuda13-plugin", "nvidia": "nvidia-nvvm and nvidia-cuda-nvcc"}
+#: Of one step (`batch.MAX_PREFILLS`, which needs JAX).
+MOST_PROMPTS = 16
+#: Where the compiler of GPU programs is; what it needs besides is in `nvidia`.
 _PLUGINS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
 
 
@@ -56,7 +57,12 @@ class Job:
     @property
     def rows(self) -> int:
         """Rows of logits: of each decode, and of each prompt that a step may hold."""
-        return self.decodes + (min(16, self.prefill) if self.prefill else 0)
+        return self.decodes + self.prompts
+
+    @property
+    def prompts(self) -> int:
+        """Prompts that its tokens may be of."""
+        return min(MOST_PROMPTS, self.prefill)
 
     @property
     def name(self) -> str:

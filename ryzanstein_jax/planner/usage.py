@@ -35,8 +35,9 @@ class Setting:
     page_size: int = 16
 
     def __post_init__(self) -> None:
-        for name, most in (("context", _MOST_CONTEXT), ("prompt", _MOST_CONTEXT), ("max_num_batched_tokens", 1 << 20)):
-            whole(name, getattr(self, name), most)
+        for name in ("context", "prompt"):
+            whole(name, getattr(self, name), _MOST_CONTEXT)
+        whole("max_num_batched_tokens", self.max_num_batched_tokens, 1 << 20, least=16)
         whole("page_size", self.page_size, 1024)
         if self.dtype not in ("auto", "bfloat16", "float16", "float32"):
             raise ConfigError("dtype", self.dtype, "use one of auto, bfloat16, float16, float32")
@@ -133,6 +134,7 @@ def largest_batch(spec: ModelSpec, device: Device, width: int, dtype: str, setti
     return low
 
 
-def whole(field: str, value: object, most: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
-        raise ConfigError(field, value, f"use a whole number from 1 to {most}")
+def whole(field: str, value: object, most: int, least: int = 1) -> None:
+    """Raises ConfigError unless the value is a whole number in the range."""
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        raise ConfigError(field, value, f"use a whole number from {least} to {most}")

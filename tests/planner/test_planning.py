@@ -8,11 +8,12 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
+from ryzanstein_jax import attention, batch
 from ryzanstein_jax.cli import app
 from ryzanstein_jax.errors import ConfigError
 from ryzanstein_jax.memory import footprint
 from ryzanstein_jax.model.families import spec_from_config
-from ryzanstein_jax.planner import Step, plan, predict
+from ryzanstein_jax.planner import Step, compiled, plan, predict, usage
 from ryzanstein_jax.planner.devices import DEVICES
 from ryzanstein_jax.planner.shapes import SHAPES
 from ryzanstein_jax.planner.targets import verdicts
@@ -109,6 +110,7 @@ def test_nothing_is_faster_than_ideal():
         ({"context": -1}, "context=-1"),
         ({"dtype": "float8"}, "dtype='float8'"),
         ({"memory_fraction": 2}, "memory_fraction=2"),
+        ({"max_num_batched_tokens": 15}, "max_num_batched_tokens=15"),
         ({"page_size": 0}, "page_size=0"),
     ],
 )
@@ -167,5 +169,10 @@ def test_the_model_agrees_with_what_others_measured():
     a100 = dataclasses.replace(a100, link=dataclasses.replace(a100.link, kernel=None))
     times = {width: predict(spec, a100, Step(decodes=1, context=200), width=width).device for width in (1, 2, 4, 8)}
     found = {width: times[1] / times[width] / width for width in (2, 4, 8)}
-    print(found)
     assert found == pytest.approx({2: 0.80, 4: 0.61, 8: 0.39}, abs=0.1)
+
+
+def test_what_is_said_twice_is_the_same():
+    """The planner cannot import what computes, because that imports JAX."""
+    assert usage._BLOCK == attention.BLOCK
+    assert compiled.MOST_PROMPTS == batch.MAX_PREFILLS
