@@ -23,6 +23,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ryzanstein_jax.budget import resolve_dtype
+from ryzanstein_jax.collectives import fit_alpha_beta
 from ryzanstein_jax.config import EngineConfig
 from ryzanstein_jax.engine.engine import Engine
 from ryzanstein_jax.engine.local import LocalExecutor
@@ -102,17 +103,6 @@ def calibrate(widths: Sequence[int] | None = None, progress: Progress = lambda w
     return replace(found, widths=tuple(measured))
 
 
-def fit_alpha_beta(sizes: Sequence[float], seconds: Sequence[float]) -> tuple[float, float]:
-    """alpha and beta, neither below 0, of `alpha + beta * bytes` with the least squares of the relative errors."""
-    x, t = np.asarray(sizes, np.float64), np.asarray(seconds, np.float64)
-    alpha, beta = np.linalg.lstsq(np.stack([1 / t, x / t], axis=1), np.ones(len(t)), rcond=None)[0]
-    if alpha < 0:
-        return 0.0, float(np.sum(x / t) / np.sum((x / t) ** 2))
-    if beta < 0:
-        return float(np.sum(1 / t) / np.sum(1 / t**2)), 0.0
-    return float(alpha), float(beta)
-
-
 def _products(mesh: Mesh, dtype: np.dtype) -> tuple[float, tuple[tuple[int, float], ...]]:
     """Bytes of weights a second with one row, and operations a second by rows, of one device while all work."""
     each = NamedSharding(mesh, P("tp"))
@@ -157,7 +147,8 @@ def _all_reduces(mesh: Mesh, dtype: np.dtype) -> tuple[float, float]:
     for size in _SIZES:
         x = _filled(mesh, (mesh.size, size // dtype.itemsize), dtype, 1.0)
         times.append(_median(partial(mapped, x)) / _REPEATS)
-    return fit_alpha_beta(_SIZES, times)
+    fit = fit_alpha_beta(_SIZES, times)
+    return fit.alpha, fit.beta
 
 
 def _host_seconds(width: int) -> float:

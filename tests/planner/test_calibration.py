@@ -6,7 +6,6 @@ import pytest
 
 from ryzanstein_jax.errors import ConfigError
 from ryzanstein_jax.planner import calibrate, plan
-from ryzanstein_jax.planner.calibrate import fit_alpha_beta
 from ryzanstein_jax.planner.calibration import (
     Calibration,
     Measured,
@@ -23,15 +22,6 @@ MADE = Calibration("a machine", "cpu", "float32", 16 << 30, "2026-01-01T00:00:00
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("RYZANSTEIN_CACHE", str(tmp_path))
-
-
-def test_a_fit_gives_back_what_it_was_made_of():
-    sizes = [1e3, 1e5, 1e7]
-    alpha, beta = fit_alpha_beta(sizes, [2e-5 + 3e-10 * size for size in sizes])
-    assert alpha == pytest.approx(2e-5) and beta == pytest.approx(3e-10)
-    assert fit_alpha_beta(sizes, [3e-10 * size for size in sizes])[0] == pytest.approx(0, abs=1e-12)
-    alpha, beta = fit_alpha_beta([1e3, 1e6], [2e-5, 1e-5])  # no link is faster with more bytes
-    assert beta == 0 and 1e-5 < alpha < 2e-5
 
 
 def test_it_is_kept_and_used():

@@ -147,13 +147,8 @@ def test_the_command_prints_and_writes(tmp_path):
         assert text in shown
     wrong = CliRunner().invoke(app, ["plan", "llama-3-8b", "--device", "h100", "--tp", "1,x"])
     assert isinstance(wrong.exception, ConfigError) and "tp='1,x'" in str(wrong.exception)
-    done = CliRunner().invoke(app, [*asked, "--plot", str(picture)])
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        assert "takes matplotlib" in str(done.exception)
-    else:
-        assert "<svg" in picture.read_text()
+    assert CliRunner().invoke(app, [*asked, "--plot", str(picture)]).exit_code == 0
+    assert "<svg" in picture.read_text()
 
 
 def test_the_model_agrees_with_what_others_measured():
