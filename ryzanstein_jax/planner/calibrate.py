@@ -160,8 +160,11 @@ def _host_seconds(width: int) -> float:
 def _overheads(device: Device, width: int, dtype: str) -> tuple[tuple[int, float], ...]:
     """(tokens, factor): how many times longer than its products and bytes a step of the small model takes."""
     spec, found = spec_from_config(_REFERENCE), []
-    most = max(decodes for decodes, _ in _STEPS)
-    with _engine(_REFERENCE, width, dtype=dtype, max_num_seqs=most) as engine:
+    sizes = {
+        "max_num_seqs": max(decodes for decodes, _ in _STEPS),
+        "max_num_batched_tokens": max(16, *(prompt for _, prompt in _STEPS)),
+    }
+    with _engine(_REFERENCE, width, dtype=dtype, **sizes) as engine:
         for decodes, prompt in _STEPS:
             if prompt:
                 step, seconds = Step(prefill=prompt), _prompt_seconds(engine, prompt)

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from ryzanstein_jax.errors import ConfigError
@@ -13,6 +14,8 @@ from ryzanstein_jax.planner.calibration import (
     load_calibration,
     save_calibration,
 )
+from ryzanstein_jax.sharding import make_mesh
+from tests.support import quick_compiles
 
 ONE = Measured(1, 40e9, ((1, 20e9), (64, 200e9)), 0.0, 0.0, 1e-4)
 TWO = Measured(2, 30e9, ((1, 15e9), (64, 180e9)), 1e-5, 2e-10, 2e-4, ((1, 1.0), (64, 1.0)))
@@ -72,19 +75,20 @@ def test_figures_that_none_can_be_are_damage(change):
 
 def test_measuring(monkeypatch):
     """In small: that all of it is measured, and by what law, not how fast this machine is."""
-    small = {"_PAIRS": 1, "_ROWS": (1, 8), "_SIZES": (4096, 262144), "_SECONDS": 0.01, "_STEPS": ((1, 0), (0, 60))}
+    small = {"_PAIRS": 1, "_ROWS": (1, 8), "_SIZES": (4096, 262144), "_SECONDS": 0.01, "_STEPS": ((1, 0), (0, 16))}
     for name, value in (small | {"_REFERENCE": calibrate._TINY}).items():
         monkeypatch.setattr(calibrate, name, value)
     said: list[str] = []
-    found = calibrate.calibrate([1, 2], said.append)
-    assert [one.width for one in found.widths] == [1, 2] and found.platform == "cpu" and len(said) == 8
-    one, two = found.widths
-    assert (one.alpha, one.beta) == (0, 0) and two.alpha + two.beta > 0
-    for measured in found.widths:
-        assert [rows for rows, _ in measured.rates] == [1, 8] and measured.host_seconds > 0
-        assert [tokens for tokens, _ in measured.overheads] == [1, 60]
-        assert all(factor >= 1 for _, factor in measured.overheads)
-        # One row: two operations for each of a weight's four bytes, which pass at least as fast in one of the products.
-        assert measured.bandwidth >= 2 * measured.rates[0][1] * 0.999
+    with quick_compiles():
+        found = calibrate.calibrate([2], said.append)
+    (measured,) = found.widths
+    assert measured.width == 2 and found.platform == "cpu" and len(said) == 4
+    assert measured.alpha + measured.beta > 0 and measured.host_seconds > 0
+    assert [rows for rows, _ in measured.rates] == [1, 8]
+    assert [tokens for tokens, _ in measured.overheads] == [1, 16]
+    assert all(factor >= 1 for _, factor in measured.overheads)
+    # One row: two operations for each of a weight's four bytes, which pass at least as fast in one of the products.
+    assert measured.bandwidth >= 2 * measured.rates[0][1] * 0.999
+    assert calibrate._all_reduces(make_mesh(1), np.dtype("float32")) == (0, 0)
     save_calibration(found)
     assert load_calibration() == found

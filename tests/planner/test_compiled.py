@@ -1,9 +1,11 @@
 """The engine's own programs compiled for GPUs that are not here, held against the plan."""
 
 import dataclasses
+import io
 import sys
 
 import pytest
+from rich.console import Console
 
 from ryzanstein_jax.errors import ConfigError
 from ryzanstein_jax.model.families import spec_from_config
@@ -59,11 +61,11 @@ def test_the_compiled_program_is_as_planned(programs, device, width, prefill):
 
 
 def test_the_table_shows_them(programs):
-    from rich.console import Console
-
-    console = Console(width=200, record=True, quiet=True)
-    console.print(compiled_table([(found, expected(SPEC, found.job)) for found in programs.values()]))
-    text = console.export_text()
+    shown = io.StringIO()
+    Console(file=shown, width=300).print(
+        compiled_table([(found, expected(SPEC, found.job)) for found in programs.values()])
+    )
+    text = shown.getvalue()
     assert "NO" not in text and "5 all-reduce of 64 KiB" in text and "1 decodes" in text and "1 all-gather of" in text
 
 
