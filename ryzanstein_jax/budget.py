@@ -140,7 +140,7 @@ def _nearest_width(spec: ModelSpec, dtype: np.dtype, room: int, width: int, tota
     """What to change so that the weights fit."""
 
     def weights(width: int) -> int:
-        return PaddedSizes.of(spec, width).parameters_per_device(spec) * dtype.itemsize
+        return PaddedSizes.of(spec, width).weight_bytes_per_device(spec, dtype.itemsize)
 
     for wider in (2, 4, 8, 16, 32, 64):
         if wider > width and weights(wider) < 0.95 * room:
@@ -148,7 +148,8 @@ def _nearest_width(spec: ModelSpec, dtype: np.dtype, room: int, width: int, tota
     fraction = (weights(width) + (total * memory_fraction - room)) / total * 1.1
     if memory_fraction < fraction <= 1:
         return f"Use memory_fraction={min(1.0, fraction):.2f}"
-    return "Use a smaller dtype or model, or devices with more memory"
+    quantized = "" if spec.quantization else ' or quantization="int8",'
+    return f"Use a smaller dtype or model,{quantized} or devices with more memory"
 
 
 def size_text(count: int) -> str:

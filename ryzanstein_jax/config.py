@@ -12,6 +12,7 @@ from ryzanstein_jax.errors import ConfigError
 from ryzanstein_jax.nccl import GLOO_INTERFACE_VARIABLE, NcclConfig
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+QUANTIZATIONS = ("int8",)
 CLUSTERS = ("ray",)
 #: What an embedding is made of: the hidden state of the last token, or the mean of all.
 POOLINGS = ("last", "mean")
@@ -31,6 +32,9 @@ class EngineConfig:
         tensor_parallel_size: number of devices the weights and the KV cache are sharded over.
         dtype: of weights, activations and KV cache. "auto" is the checkpoint's on an accelerator
             and float32 on a CPU, where it is the fastest.
+        quantization: "int8" computes the linear layers with int8 weights (a scale for each output channel) and int8
+            activations (one for each token, found as they come); float weights are quantized while they are loaded.
+            None computes a checkpoint as it is.
         max_model_len: longest prompt + completion, in tokens; None takes the model's own limit.
         memory_fraction: share of each device's memory that weights, temporaries and KV cache may
             take together. None is 0.9 on an accelerator and 0.25 of the host's on a CPU.
@@ -58,6 +62,7 @@ class EngineConfig:
     load_format: str = "auto"
     tensor_parallel_size: int = 1
     dtype: str = "auto"
+    quantization: str | None = None
     max_model_len: int | None = None
     memory_fraction: float | None = None
     num_pages: int | None = None
@@ -80,6 +85,8 @@ class EngineConfig:
         object.__setattr__(self, "model", str(self.model))
         _one_of("load_format", self.load_format, LOAD_FORMATS)
         _one_of("dtype", self.dtype, DTYPES)
+        if self.quantization is not None:
+            _one_of("quantization", self.quantization, QUANTIZATIONS)
         _integer("tensor_parallel_size", self.tensor_parallel_size, 1, 4096)
         _integer("max_model_len", self.max_model_len, 2, 1 << 24, optional=True)
         _integer("num_pages", self.num_pages, 2, 1 << 30, optional=True)

@@ -18,6 +18,7 @@ from ryzanstein_jax.budget import plan_memory as plan_memory
 from ryzanstein_jax.errors import MemoryBudgetError
 from ryzanstein_jax.model.decoder import Decoder
 from ryzanstein_jax.model.params import param_specs
+from ryzanstein_jax.model.quantization import QUANTIZATIONS
 from ryzanstein_jax.model.spec import ModelSpec
 from ryzanstein_jax.sharding import PaddedSizes, partition_spec
 
@@ -58,19 +59,22 @@ class Footprint:
     Attributes:
         width: devices of the mesh.
         weights: parameters on one device.
+        int8_bytes: bytes of the weights on one device with `quantization="int8"` and the rest in float32.
         kv_values: cached values per token on one device.
         padding: parameters added so that the sizes divide, as a share of the model's own.
     """
 
     width: int
     weights: int
+    int8_bytes: int
     kv_values: int
     padding: float
 
 
 def footprint(spec: ModelSpec, width: int) -> Footprint:
     """The footprint at one width, from the shapes alone: no devices are needed."""
-    sizes = PaddedSizes.of(spec, width)
+    sizes, quantized = PaddedSizes.of(spec, width), spec.replace(quantization=QUANTIZATIONS["int8"])
+    spec = spec.replace(quantization=None)
     total = local = 0
     for param in param_specs(Decoder(spec, sizes, jnp.dtype("float32"))).values():
         size = int(np.prod(param.shape, dtype=np.int64))
@@ -78,7 +82,7 @@ def footprint(spec: ModelSpec, width: int) -> Footprint:
         total, local = total + size, local + (size // width if sharded else size)
     real = spec.num_parameters()
     kv = 2 * spec.num_layers * sizes.heads.num_slots // width * spec.head_dim
-    return Footprint(width, local, kv, (total - real) / real)
+    return Footprint(width, local, sizes.weight_bytes_per_device(quantized, 4), kv, (total - real) / real)
 
 
 def host_peak_bytes() -> int:

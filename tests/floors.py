@@ -19,6 +19,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     # 1: pure JAX
     (
         "model",
+        "model.quantization",
         "model.spec",
         "model.sizes",
         "model.config_fields",
@@ -26,6 +27,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "model.families",
         "budget",
         "sharding",
+        "model.int8",
         "model.layers",
         "model.params",
         "kv_cache",
@@ -44,6 +46,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     (
         "checkpoint",
         "checkpoint.source",
+        "checkpoint.quantize",
         "checkpoint.safetensors",
         "checkpoint.gguf_metadata",
         "checkpoint.gguf",
@@ -227,6 +230,7 @@ MEASURING = ("planner.compile_gpu", "planner.calibrate")
 #: These stay in a process that has to outlive every JAX process, so nothing that they reach may import JAX.
 WITHOUT_JAX = (
     *FLOORS[0],
+    "model.quantization",
     "model.spec",
     "model.sizes",
     "budget",

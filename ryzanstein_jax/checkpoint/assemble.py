@@ -15,7 +15,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from ryzanstein_jax.checkpoint.recipe import Part, make_recipes
+from ryzanstein_jax.checkpoint.quantize import QuantizingSource
+from ryzanstein_jax.checkpoint.recipe import Part, Recipes, make_recipes
 from ryzanstein_jax.checkpoint.source import Box, WeightSource, extents, slices, volume
 from ryzanstein_jax.model.params import ParamSpec
 from ryzanstein_jax.model.spec import ModelSpec
@@ -33,7 +34,8 @@ class LoadReport:
 
     Attributes:
         seconds: from the first check to the last array.
-        bytes_read: of the tensors taken, as the source gives them (quantized ones count dequantized).
+        bytes_read: of the tensors taken, as the source gives them (those of GGUF files count dequantized, those that
+            are quantized here as int8).
         bytes_on_devices: of this process's shards, padding and copies included.
         peak_host_bytes: most that the process's resident memory grew by meanwhile; where the devices are
             CPUs their arrays are part of it. Sampled; 0 where the system does not tell.
@@ -71,10 +73,10 @@ def load_params(
     """
     began = time.perf_counter()
     with _PeakMemory() as memory:
-        recipes = make_recipes(source, spec, sizes, params)
+        source, recipes = with_recipes(source, spec, sizes, params)
 
         def load(path: str) -> tuple[jax.Array, int]:
-            param, parts = params[path], recipes[path]
+            param, parts = params[path], recipes.parts[path]
             read = [0]
 
             def fill(index: tuple[slice, ...] | None) -> np.ndarray:
@@ -103,6 +105,18 @@ def load_params(
         peak_host_bytes=memory.peak,
     )
     return arrays, report
+
+
+def with_recipes(
+    source: WeightSource, spec: ModelSpec, sizes: PaddedSizes, params: Mapping[str, ParamSpec]
+) -> tuple[WeightSource, Recipes]:
+    """The source as the parameters need it, quantizing where they are int8 and it is not, and their recipes.
+
+    Raises:
+        WeightsError: as `load_params`.
+    """
+    recipes = make_recipes(source, spec, sizes, params)
+    return (QuantizingSource(source, recipes.to_quantize) if recipes.to_quantize else source), recipes
 
 
 def assemble(source: WeightSource, parts: list[Part], box: Box, dtype: np.dtype) -> tuple[np.ndarray, int]:

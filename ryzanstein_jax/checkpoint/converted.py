@@ -1,6 +1,7 @@
 """Weights that take arithmetic to load, written once as they are computed with: the next start only copies them.
 
-A quantized GGUF file is dequantized into safetensors under the same Hugging Face names, in the dtype of the devices.
+A quantized GGUF file is dequantized into safetensors under the same Hugging Face names, in the dtype of the devices;
+kernels that are computed in int8 are kept in int8, with their scales.
 An entry belongs to one source file by its path, size and time of change; a checkpoint that needs no arithmetic has
 none. Weights are no code, but they decide what a model says: only this user may write them.
 """
@@ -21,9 +22,11 @@ import psutil
 
 from ryzanstein_jax.cache import check_private, private_folder
 from ryzanstein_jax.checkpoint.gguf import QUANTIZED, GgufSource
+from ryzanstein_jax.checkpoint.quantize import SCALE, QuantizingSource
 from ryzanstein_jax.checkpoint.safetensors import SafetensorsSource
 from ryzanstein_jax.checkpoint.source import DTYPES, WeightSource, whole
 from ryzanstein_jax.errors import WeightsError
+from ryzanstein_jax.model.quantization import Quantization
 
 _LOG = logging.getLogger(__name__)
 _SUFFIX = ".safetensors"
@@ -40,14 +43,22 @@ class ConvertedWeights:
         folder: of all such copies.
         file: the GGUF file.
         dtype: of the weights on the devices.
+        quantization: of the weights on the devices, if any.
         max_bytes: of all copies together; those used longest ago are deleted to stay below.
     """
 
-    def __init__(self, folder: Path, file: Path, dtype: np.dtype, max_bytes: int):
+    def __init__(
+        self, folder: Path, file: Path, dtype: np.dtype, max_bytes: int, quantization: Quantization | None = None
+    ):
         self.folder, self.file, self.dtype, self.max_bytes = folder, file.resolve(), np.dtype(dtype), max_bytes
         status = self.file.stat()
-        code = hashlib.sha256(Path(__file__).with_name("gguf.py").read_bytes()).hexdigest()
-        identity = [str(self.file), status.st_size, status.st_mtime_ns, status.st_ino, self.dtype.name, code]
+        code = hashlib.sha256()
+        for module in ("gguf.py", "quantize.py"):
+            code.update(Path(__file__).with_name(module).read_bytes())
+        identity = [
+            str(self.file), status.st_size, status.st_mtime_ns, status.st_ino, self.dtype.name, repr(quantization),
+            code.hexdigest(),
+        ]  # fmt: skip
         name = hashlib.sha256(json.dumps([*identity, np.__version__]).encode()).hexdigest()
         self.path = folder / f"{name}{_SUFFIX}"
 
@@ -67,7 +78,10 @@ class ConvertedWeights:
 
     def pays(self, source: WeightSource) -> bool:
         """Whether a copy would be quicker to load than its source, and there is room for it."""
-        if not isinstance(source, GgufSource) or all(source.type_of(name) not in QUANTIZED for name in source.names()):
+        stored = source.source if isinstance(source, QuantizingSource) else source
+        if not isinstance(stored, GgufSource):
+            return False
+        if stored is source and all(stored.type_of(name) not in QUANTIZED for name in stored.names()):
             return False
         size = self._bytes(source)
         return size <= min(self.max_bytes, _MEMORY_SHARE * psutil.virtual_memory().total)
@@ -85,7 +99,12 @@ class ConvertedWeights:
                     file.write(self._header(source))
                     for tensor in source.names():
                         values = source.read(tensor, whole(source.info(tensor).shape))
-                        file.write(np.ascontiguousarray(values.astype(self.dtype)).reshape(-1).view(np.uint8).data)
+                        file.write(
+                            np.ascontiguousarray(values.astype(self._kept(source, tensor)))
+                            .reshape(-1)
+                            .view(np.uint8)
+                            .data
+                        )
                         source.release(tensor)
                     file.flush()
                     os.fsync(file.fileno())  # a name that outlives a power cut must not outlive its content
@@ -99,18 +118,27 @@ class ConvertedWeights:
         return True
 
     def _bytes(self, source: WeightSource) -> int:
-        return self.dtype.itemsize * sum(
-            int(np.prod(source.info(name).shape, dtype=np.int64)) for name in source.names()
+        return sum(
+            self._kept(source, name).itemsize * int(np.prod(source.info(name).shape, dtype=np.int64))
+            for name in source.names()
         )
 
+    def _kept(self, source: WeightSource, name: str) -> np.dtype:
+        """The dtype that a tensor is kept in."""
+        if isinstance(source, QuantizingSource) and (
+            name in source.tensors or name.removesuffix(SCALE) in source.tensors
+        ):
+            return source.info(name).dtype
+        return self.dtype
+
     def _header(self, source: WeightSource) -> bytes:
-        kind = next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
+        kinds = {dtype: name for name, dtype in DTYPES.items()}
         entries: dict[str, object] = {"__metadata__": {"source": str(self.file)}}
         begin = 0
         for name in source.names():
-            shape = source.info(name).shape
-            end = begin + self.dtype.itemsize * int(np.prod(shape, dtype=np.int64))
-            entries[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [begin, end]}
+            shape, dtype = source.info(name).shape, self._kept(source, name)
+            end = begin + dtype.itemsize * int(np.prod(shape, dtype=np.int64))
+            entries[name] = {"dtype": kinds[dtype], "shape": list(shape), "data_offsets": [begin, end]}
             begin = end
         text = json.dumps(entries).encode()
         text += b" " * (-(len(text) + 8) % _ALIGNMENT)

@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from ryzanstein_jax.checkpoint.layout import Layout, layout_of
+from ryzanstein_jax.checkpoint.quantize import LARGEST, SCALE
 from ryzanstein_jax.model.params import ParamSpec
 from ryzanstein_jax.model.spec import ModelSpec
 from ryzanstein_jax.sharding import MEGATRON_RULES, PaddedSizes, named_sharding
@@ -32,7 +33,7 @@ def dummy_params(
 
     Values depend on the seed and the path alone: they are drawn in the canonical layout and padded with
     zeros, so that every width computes the same model. Kernels are uniform with variance 1 / fan-in, norms
-    neutral, biases small.
+    neutral, biases small. int8 kernels hold the same values, rounded.
     """
     made: dict[tuple[object, ...], Callable[[np.uint32], jax.Array]] = {}
     arrays = {}
@@ -41,9 +42,17 @@ def dummy_params(
         sharding = named_sharding(mesh, param.axes, rules)
         leaf = path.rsplit(".", 1)[-1]
         fan_in = math.prod(layout.canonical[-_INPUT_DIMS.get(".".join(path.split(".")[-2:]), 1) :])
-        key = (layout.shape, layout.canonical, param.axes, param.dtype, leaf == "scale", leaf == "bias", fan_in)
+        if path.endswith(SCALE):
+            kernel = params[path.removesuffix(SCALE)]
+            inner = layout_of(path.removesuffix(SCALE), kernel, spec, sizes).canonical[len(layout.canonical) :]
+            fan_in = math.prod(inner)
+        key = (layout.shape, layout.canonical, param.axes, param.dtype, leaf, fan_in)
         if key not in made:
-            if leaf == "scale":
+            if path.endswith(SCALE):
+                made[key] = _constant(layout, param, fan_in**-0.5 * math.sqrt(3) / LARGEST, sharding)
+            elif param.dtype == np.int8:
+                made[key] = _random(layout, param, LARGEST / math.sqrt(3), sharding)
+            elif leaf == "scale":
                 made[key] = _constant(layout, param, 1.0 - spec.norm_offset, sharding)
             else:
                 made[key] = _random(layout, param, 0.02 if leaf == "bias" else fan_in**-0.5, sharding)
@@ -60,7 +69,8 @@ def _random(
             bits = _mix(bits ^ (jax.lax.broadcasted_iota(jnp.uint32, layout.canonical, dim) + jnp.uint32(1)))
         # The upper 24 bits are exact in float32; uniform over [-limit, limit) has that deviation.
         unit = (bits >> 8).astype(jnp.float32) * 2.0**-23 - 1.0
-        return layout.expand((unit * (deviation * math.sqrt(3))).astype(param.dtype))
+        values = unit * (deviation * math.sqrt(3))
+        return layout.expand((jnp.round(values) if param.dtype == np.int8 else values).astype(param.dtype))
 
     return jax.jit(draw, out_shardings=sharding)
 

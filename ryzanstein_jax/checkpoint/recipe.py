@@ -13,6 +13,7 @@ import numpy as np
 
 from ryzanstein_jax.checkpoint.layout import Layout, layout_of
 from ryzanstein_jax.checkpoint.names import Spelling, harmless, prefix_of, spellings
+from ryzanstein_jax.checkpoint.quantize import SCALE
 from ryzanstein_jax.checkpoint.source import Box, WeightSource, extents, whole
 from ryzanstein_jax.errors import WeightsError
 from ryzanstein_jax.model.params import ParamSpec
@@ -58,19 +59,43 @@ class Part:
         return tuple(zip(targets, sources, strict=True))
 
 
-def make_recipes(
-    source: WeightSource, spec: ModelSpec, sizes: PaddedSizes, params: Mapping[str, ParamSpec]
-) -> dict[str, list[Part]]:
-    """The parts of every parameter; what no part covers is padding.
+@dataclass(frozen=True)
+class Recipes:
+    """Where all parameters come from.
+
+    Attributes:
+        parts: of every parameter, by its path; what no part covers is padding.
+        to_quantize: float tensors of which int8 and scales are to be made, and how many of their last
+            dimensions are inputs: what `QuantizingSource` takes.
+    """
+
+    parts: dict[str, list[Part]]
+    to_quantize: dict[str, int]
+
+
+def make_recipes(source: WeightSource, spec: ModelSpec, sizes: PaddedSizes, params: Mapping[str, ParamSpec]) -> Recipes:
+    """The parts of every parameter.
 
     Raises:
-        WeightsError: a tensor is missing or of another shape, or one is left over that the model's
+        WeightsError: a tensor is missing, of another shape or of another kind, or one is left over that the model's
             configuration has no place for.
     """
     book = _Canonical(source) if source.dialect == "canonical" else _HuggingFace(source, spec)
-    recipes = {path: list(book.parts(path, layout_of(path, param, spec, sizes))) for path, param in params.items()}
+    kernels = [path for path in params if path + SCALE in params]
+    scales = {path + SCALE for path in kernels}
+    parts = {
+        path: list(book.parts(path, layout_of(path, param, spec, sizes)))
+        for path, param in params.items()
+        if path not in scales
+    }
+    to_quantize: dict[str, int] = {}
+    for path in kernels:
+        inputs = len(params[path].shape) - len(params[path + SCALE].shape)
+        parts[path + SCALE] = list(book.scale_parts(parts[path], inputs, to_quantize))
+    for path in params.keys() - scales - set(kernels):
+        book.check_float(path, parts[path])
     book.check_left_over()
-    return recipes
+    return Recipes(parts, to_quantize)
 
 
 class _Book(ABC):
@@ -98,6 +123,36 @@ class _Book(ABC):
     @abstractmethod
     def parts(self, path: str, layout: Layout) -> Iterator[Part]:
         """The boxes that make up one parameter."""
+
+    @abstractmethod
+    def tensor_inputs(self, inputs: int) -> int:
+        """How many of a tensor's last dimensions are those `inputs` of its parameter."""
+
+    def scale_parts(self, parts: list[Part], inputs: int, to_quantize: dict[str, int]) -> Iterator[Part]:
+        """The parts of a quantized kernel's scales; a tensor that is not quantized yet goes to `to_quantize`."""
+        done = set()
+        for part in parts:
+            tensor_inputs, name = self.tensor_inputs(inputs), part.tensor + SCALE
+            target, box = part.target[:-inputs], part.box[:-tensor_inputs]
+            if self.source.info(part.tensor).dtype != np.int8:
+                to_quantize[part.tensor] = tensor_inputs
+            else:
+                shape = self.source.info(part.tensor).shape[:-tensor_inputs]
+                if name in self.names and self.source.info(name).shape == (*shape, 1):
+                    shape, box = (*shape, 1), (*box, (0, 1))
+                self.use(name, shape, f"the scales of {part.tensor}")
+            if (target, box) not in done:  # heads along the inputs share their channels' scales
+                done.add((target, box))
+                yield Part(target, name, box, part.group)
+
+    def check_float(self, path: str, parts: list[Part]) -> None:
+        for part in parts:
+            info = self.source.info(part.tensor)
+            if info.dtype == np.int8:
+                raise WeightsError(
+                    "the checkpoint holds int8 where the model computes in floats",
+                    file=info.file, tensor=part.tensor, expected=f"floats for {path}", found="int8",
+                )  # fmt: skip
 
     def harmless(self, name: str) -> bool:
         return False
@@ -127,12 +182,18 @@ class _Canonical(_Book):
             cell = tuple(int(i) for i in np.unravel_index(head, heads))
             yield Part(_at(layout, layout.shape, place), name, _at(layout, layout.canonical, cell))
 
+    def tensor_inputs(self, inputs: int) -> int:
+        return inputs
+
 
 class _HuggingFace(_Book):
     def __init__(self, source: WeightSource, spec: ModelSpec):
         super().__init__(source)
         self.spec = spec
         self.prefix, self.head = prefix_of(self.names)
+
+    def tensor_inputs(self, inputs: int) -> int:
+        return 1
 
     def harmless(self, name: str) -> bool:
         return harmless(name) or (self.spec.tie_embeddings and name == self.head)

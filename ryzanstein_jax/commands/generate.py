@@ -21,6 +21,7 @@ from ryzanstein_jax.commands.options import (
     Orchestrator,
     Profile,
     ProfileSteps,
+    Quantize,
     Seed,
     Temperature,
     TopP,
@@ -47,6 +48,7 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="A JSON object on each line.")] = False,
     tp: Width = 1,
     dtype: Dtype = "auto",
+    quantization: Quantize = None,
     max_model_len: MaxLen = None,
     memory_fraction: Fraction = None,
     max_num_seqs: MaxSeqs = None,
@@ -65,7 +67,9 @@ def generate(
         raise ConfigError("prompt", None, "give --prompt or --file")
     # Programs are compiled for as many sequences as there can be.
     seqs = max_num_seqs or min(len(prompts), 32)
-    settings = engine_settings(tp, dtype, max_model_len, memory_fraction, load_format=load_format, max_num_seqs=seqs)
+    settings = engine_settings(
+        tp, dtype, max_model_len, memory_fraction, load_format=load_format, max_num_seqs=seqs, quantization=quantization
+    )
     settings |= profile_settings(profile, profile_steps)
     with LLM(model, executor=executor, orchestrator=parse_options(orchestrator), **settings) as llm:
         params = chosen_params(llm, max_tokens, temperature=temperature, top_p=top_p, seed=seed)
@@ -95,6 +99,7 @@ def chat(
     seed: Seed = None,
     tp: Width = 1,
     dtype: Dtype = "auto",
+    quantization: Quantize = None,
     max_model_len: MaxLen = None,
     memory_fraction: Fraction = None,
     executor: Executor = "local",
@@ -103,7 +108,7 @@ def chat(
     """Talks with a model. /reset begins again, /quit or end of input ends; Ctrl-C stops an answer."""
     opening = [{"role": "system", "content": system}] if system else []
     messages = list(opening)
-    settings = engine_settings(tp, dtype, max_model_len, memory_fraction, max_num_seqs=1)
+    settings = engine_settings(tp, dtype, max_model_len, memory_fraction, max_num_seqs=1, quantization=quantization)
     with LLM(model, executor=executor, orchestrator=parse_options(orchestrator), **settings) as llm:
         params = chosen_params(llm, max_tokens, temperature=temperature, top_p=top_p, seed=seed)
         while True:

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ryzanstein_jax.commands.options import Dtype, Model, Width
+from ryzanstein_jax.commands.options import Dtype, Model, Quantize, Width
 from ryzanstein_jax.llm import default_sampling_params
 from ryzanstein_jax.start import make_config
 
@@ -20,12 +20,14 @@ def snapshot(
     folder: Annotated[Path, typer.Argument(help="What the snapshot will be called.")],
     tp: Width = 1,
     dtype: Dtype = "auto",
+    quantization: Quantize = None,
     overwrite: Annotated[bool, typer.Option(help="Replace what is there.")] = False,
 ) -> None:
     """Writes an Orbax checkpoint of the sharded weights with config and tokenizer; it restores onto any width."""
     from ryzanstein_jax.engine.local import snapshot_model
 
-    path = snapshot_model(make_config(model, {"tensor_parallel_size": tp, "dtype": dtype}), folder, overwrite=overwrite)
+    settings = {"tensor_parallel_size": tp, "dtype": dtype, "quantization": quantization}
+    path = snapshot_model(make_config(model, settings), folder, overwrite=overwrite)
     print(path)
 
 
@@ -61,12 +63,21 @@ def info(
     for name, value in facts.items():
         table.add_row(name, f"{value:,}" if isinstance(value, int) else str(value))
     console.print(table)
-    table = Table("devices", "weights, f32", "weights, bf16", "KV per token, f32", "KV per token, bf16", "padding")
+    table = Table(
+        "devices",
+        "weights, f32",
+        "weights, bf16",
+        "weights, int8",
+        "KV per token, f32",
+        "KV per token, bf16",
+        "padding",
+    )
     for width in widths:
         table.add_row(
             str(width.width),
             f"{width.weights * 4 / 2**20:,.1f} MiB",
             f"{width.weights * 2 / 2**20:,.1f} MiB",
+            f"{width.int8_bytes / 2**20:,.1f} MiB",
             f"{width.kv_values * 4 / 2**10:,.1f} KiB",
             f"{width.kv_values * 2 / 2**10:,.1f} KiB",
             f"{width.padding:.0%}",

@@ -7,13 +7,17 @@ from typing import Annotated, Any
 
 import typer
 
-from ryzanstein_jax.config import DTYPES, LOAD_FORMATS
+from ryzanstein_jax.config import DTYPES, LOAD_FORMATS, QUANTIZATIONS
 from ryzanstein_jax.llm import LLM
 from ryzanstein_jax.request import SamplingParams
 
 Model = Annotated[str, typer.Argument(help='Hugging Face id, folder, .gguf file, snapshot, or "smollm2".')]
 Width = Annotated[int, typer.Option("--tensor-parallel-size", "--tp", "-t", help="Devices to shard over.")]
 Dtype = Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")]
+Quantize = Annotated[
+    str | None,
+    typer.Option("--quantization", help=f"One of {', '.join(QUANTIZATIONS)}; as the checkpoint is if not given."),
+]
 Executor = Annotated[
     str,
     typer.Option(help='"local", or "processes": a worker process for each device, replaced when it dies.'),

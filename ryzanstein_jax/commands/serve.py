@@ -19,6 +19,7 @@ from ryzanstein_jax.commands.options import (
     Orchestrator,
     Profile,
     ProfileSteps,
+    Quantize,
     Width,
     engine_settings,
     profile_settings,
@@ -51,6 +52,7 @@ def serve(
     tokenizer: Annotated[str | None, typer.Option(help="Folder or id, where the model brings none.")] = None,
     tp: Width = 1,
     dtype: Dtype = "auto",
+    quantization: Quantize = None,
     max_model_len: MaxLen = None,
     memory_fraction: Fraction = None,
     max_num_seqs: MaxSeqs = None,
@@ -88,6 +90,7 @@ def serve(
         "max_num_seqs": max_num_seqs,
         "max_num_batched_tokens": max_num_batched_tokens,
         "embedding_pooling": embedding_pooling,
+        "quantization": quantization,
     }
     settings |= {name: value for name, value in given.items() if value is not None}
     settings |= profile_settings(profile, profile_steps)

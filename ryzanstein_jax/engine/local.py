@@ -17,7 +17,7 @@ import numpy as np
 from ryzanstein_jax.batch import Bucket, bucket_ladder
 from ryzanstein_jax.budget import resolve_dtype, resolve_fraction
 from ryzanstein_jax.cache import cache_dir
-from ryzanstein_jax.checkpoint.assemble import LoadReport, load_params
+from ryzanstein_jax.checkpoint.assemble import LoadReport, load_params, with_recipes
 from ryzanstein_jax.checkpoint.converted import ConvertedWeights
 from ryzanstein_jax.checkpoint.dummy import dummy_params
 from ryzanstein_jax.checkpoint.files import SNAPSHOT_POOLING, ModelFiles, open_source
@@ -34,6 +34,7 @@ from ryzanstein_jax.memory import device_bytes, plan_memory, weight_bytes
 from ryzanstein_jax.metrics import Metrics
 from ryzanstein_jax.model.decoder import Decoder
 from ryzanstein_jax.model.params import ParamSpec, param_specs
+from ryzanstein_jax.model.quantization import quantization_config
 from ryzanstein_jax.model.spec import ModelSpec
 from ryzanstein_jax.plan import StepPlan, StepResult
 from ryzanstein_jax.program_table import BackgroundLoader
@@ -218,7 +219,8 @@ def snapshot_model(config: EngineConfig, folder: str | Path, *, overwrite: bool 
         if files.pooling_config:
             extra.append(Path(scratch) / SNAPSHOT_POOLING)
             extra[-1].write_text(json.dumps(files.pooling_config))
-        return save_snapshot(folder, arrays, params, spec, sizes, config=files.config, files=extra, overwrite=overwrite)
+        stored = {**files.config, "quantization_config": quantization_config(spec.quantization)}
+        return save_snapshot(folder, arrays, params, spec, sizes, config=stored, files=extra, overwrite=overwrite)
 
 
 def _load(
@@ -230,7 +232,7 @@ def _load(
     if files.kind == "dummy":
         arrays = dummy_params(spec, sizes, params, programs.mesh, seed=config.seed)
     else:
-        source, keep = _fastest_source(config, files, programs.dtype)
+        source, keep = _fastest_source(config, files, programs.dtype, spec, sizes, params)
         arrays, load = load_params(source, spec, sizes, params, programs.mesh)
     ordered = tuple(arrays[path] for path in programs.param_paths)
     jax.block_until_ready(ordered)
@@ -246,16 +248,21 @@ class _Loaded:
 
 
 def _fastest_source(
-    config: EngineConfig, files: ModelFiles, dtype: np.dtype
+    config: EngineConfig,
+    files: ModelFiles,
+    dtype: np.dtype,
+    spec: ModelSpec,
+    sizes: PaddedSizes,
+    params: dict[str, ParamSpec],
 ) -> tuple[WeightSource, Callable[[], object] | None]:
     if files.kind != "gguf" or not config.weights_cache_gib:
         return open_source(files), None
     room = int(config.weights_cache_gib * 2**30)
-    converted = ConvertedWeights(cache_dir() / "weights", files.path, dtype, room)
+    converted = ConvertedWeights(cache_dir() / "weights", files.path, dtype, room, spec.quantization)
     source = converted.open()
     if source is not None:
         return source, None
-    source = open_source(files)
+    source, _ = with_recipes(open_source(files), spec, sizes, params)
     # One process writes for all of this job.
     keep = partial(converted.write, source) if jax.process_index() == 0 and converted.pays(source) else None
     return source, keep

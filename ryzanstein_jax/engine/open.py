@@ -78,7 +78,7 @@ def open_model(config: EngineConfig) -> OpenModel:
         WeightsError: a file is broken.
     """
     files = resolve_model(config.model, config.revision, config.load_format)
-    spec = spec_from_config(files.config, max_model_len=config.max_model_len)
+    spec = spec_from_config(files.config, max_model_len=config.max_model_len, quantization=config.quantization)
     if config.max_model_len is not None and config.max_model_len > spec.max_position_embeddings:
         remedy = f"the model's own limit is {spec.max_position_embeddings} tokens"
         raise ConfigError("max_model_len", config.max_model_len, remedy)

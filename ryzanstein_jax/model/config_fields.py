@@ -51,7 +51,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "partial_rotary_factor": (1,),
     "pretraining_tp": (1,),
     "pruned_heads": ({},),
-    "quantization_config": (),
     "residual_multiplier": (1,),
     "rope_interleaved": (False,),
     "shared_expert_intermediate_size": (0,),
@@ -63,8 +62,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "use_qkv_bias": (False,),
     "use_sliding_window": (False,),
 }
-
-_QUANTIZED = "quantized checkpoints are not read yet; take the model in float32, bfloat16 or float16"
 
 
 def shown(value: object) -> str:
@@ -164,8 +161,6 @@ class Fields:
         for field, value in self._config.items():
             if field in self._read or field in HARMLESS or value is None:
                 continue
-            if field == "quantization_config":
-                raise UnsupportedModelError(f"config.json has {field}={shown(value)}: {_QUANTIZED}")
             if field in NEUTRAL:
                 if any(type(value) in (type(n), float) and value == n for n in NEUTRAL[field]):
                     continue

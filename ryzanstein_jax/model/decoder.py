@@ -43,6 +43,7 @@ class Attention(nnx.Module):
             ("kv_slots", "heads_per_slot", "head_dim"),
             dtype=dtype,
             bias=spec.qkv_bias,
+            quantized="qkv" in spec.quantized_roles,
         )
         self.out = RowParallelLinear(
             (slots, queries, spec.head_dim),
@@ -50,6 +51,7 @@ class Attention(nnx.Module):
             ("kv_slots", "heads_per_slot", "head_dim"),
             dtype=dtype,
             bias=spec.out_bias,
+            quantized="out" in spec.quantized_roles,
         )
         self.q_norm, self.k_norm = _qk_norms(spec, sizes, dtype)
         self.scale, self.softcap, self.window = spec.attention_scale, spec.attention_softcap, layer.window
@@ -115,11 +117,16 @@ class DecoderLayer(nnx.Module):
         self.attention = Attention(spec, layer, sizes, dtype)
         self.mlp_norm, self.mlp_post_norm = norm(before), norm(after)
         self.mlp: Mlp | MoeMlp
+        quantized = spec.quantized_roles
         if layer.moe:
             assert spec.moe is not None
-            self.mlp = MoeMlp(spec.hidden_size, spec.moe, sizes.experts, spec.activation, dtype=dtype)
+            self.mlp = MoeMlp(
+                spec.hidden_size, spec.moe, sizes.experts, spec.activation, dtype=dtype, quantized=quantized
+            )
         else:
-            self.mlp = Mlp(spec.hidden_size, sizes.ffn, spec.activation, dtype=dtype, bias=spec.mlp_bias)
+            self.mlp = Mlp(
+                spec.hidden_size, sizes.ffn, spec.activation, dtype=dtype, bias=spec.mlp_bias, quantized=quantized
+            )
 
     def __call__(
         self, x_TD: jax.Array, keys: jax.Array, values: jax.Array, plan: AttentionPlan, rope: Rope
@@ -138,16 +145,18 @@ class Decoder(nnx.Module):
     Args:
         spec: what the model computes.
         sizes: its sizes, padded for the mesh.
-        dtype: of parameters and activations.
+        dtype: of activations, and of the parameters that are not quantized.
     """
 
     def __init__(self, spec: ModelSpec, sizes: PaddedSizes, dtype: jnp.dtype):
-        self.embedding = VocabParallelEmbedding(sizes.vocab, spec.hidden_size, dtype=dtype)
+        def table(role: str) -> VocabParallelEmbedding:
+            quantized = role in spec.quantized_roles
+            return VocabParallelEmbedding(sizes.vocab, spec.hidden_size, dtype=dtype, quantized=quantized)
+
+        self.embedding = table("embedding")
         self.layers = nnx.List([DecoderLayer(spec, layer, sizes, dtype) for layer in spec.layers])
         self.final_norm = RMSNorm(spec.hidden_size, eps=spec.norm_eps, offset=spec.norm_offset, dtype=dtype)
-        self.unembed = (
-            None if spec.tie_embeddings else VocabParallelEmbedding(sizes.vocab, spec.hidden_size, dtype=dtype)
-        )
+        self.unembed = None if spec.tie_embeddings else table("unembed")
         self.spec = spec
 
     def __call__(

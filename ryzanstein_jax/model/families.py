@@ -13,6 +13,7 @@ from typing import Any
 
 from ryzanstein_jax.errors import ConfigError, UnsupportedModelError
 from ryzanstein_jax.model.config_fields import Fields, shown, whole_number
+from ryzanstein_jax.model.quantization import resolve_quantization
 from ryzanstein_jax.model.rope import MAX_POSITION, RopeContext, rope_spec
 from ryzanstein_jax.model.spec import LayerSpec, ModelSpec, MoeSpec, RopeSpec
 
@@ -116,16 +117,20 @@ FAMILIES: dict[str, Family] = {
 _OUTER_FIELDS = (
     "text_config", "vision_config", "boi_token_index", "eoi_token_index", "image_token_index", "image_token_id",
     "boi_token_id", "eoi_token_id", "mm_tokens_per_image", "eos_token_id", "bos_token_id", "tie_word_embeddings",
+    "quantization_config",
 )  # fmt: skip
 
 
-def spec_from_config(config: Mapping[str, Any], *, max_model_len: int | None = None) -> ModelSpec:
+def spec_from_config(
+    config: Mapping[str, Any], *, max_model_len: int | None = None, quantization: str | None = None
+) -> ModelSpec:
     """Reads a model's `config.json`.
 
     Args:
         config: the parsed file; nothing in it is trusted, and code that it names is never run.
         max_model_len: the longest sequence to be served, in tokens; None is the model's own limit. It picks
             the short or the long factors of a longrope model (Phi-3), which is all that it is read for.
+        quantization: a name of `QUANTIZATIONS`; None is what the checkpoint says.
 
     Raises:
         UnsupportedModelError: an architecture, or a field, that asks for what this engine does not compute.
@@ -197,6 +202,7 @@ def spec_from_config(config: Mapping[str, Any], *, max_model_len: int | None = N
         logits_softcap=fields.optional_number("final_logit_softcapping", 1e-3, 1e6) if family.gemma else None,
         moe=moe,
         dtype=_dtype(fields),
+        quantization=resolve_quantization(quantization, fields.given("quantization_config")),
         bos_token_id=_bos(fields, vocab_size),
         eos_token_ids=_eos(fields, vocab_size),
         **family.spec,
@@ -234,7 +240,7 @@ def _text_config(config: Mapping[str, Any]) -> dict[str, Any]:
     outer.refuse_unread()
     if not isinstance(text, Mapping):
         raise ConfigError("text_config", shown(text), "it must hold a JSON object")
-    shared = ("eos_token_id", "bos_token_id", "tie_word_embeddings", "torch_dtype", "dtype")
+    shared = ("eos_token_id", "bos_token_id", "tie_word_embeddings", "torch_dtype", "dtype", "quantization_config")
     return dict(text) | {name: config[name] for name in shared if config.get(name) is not None}
 
 

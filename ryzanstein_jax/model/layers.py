@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
+from ryzanstein_jax.model import int8
 from ryzanstein_jax.model.spec import MoeSpec, RopeSpec
 
 
@@ -26,6 +27,19 @@ def param(shape: tuple[int, ...], axes: tuple[str | None, ...], dtype: jnp.dtype
     """An abstract parameter: shape, dtype and logical axes, without values."""
     assert len(shape) == len(axes), (shape, axes)
     return nnx.Param(jax.ShapeDtypeStruct(shape, dtype), axes=axes)
+
+
+def kernel_params(
+    shape: tuple[int, ...], axes: tuple[str, ...], num_inputs: int, dtype: jnp.dtype, quantized: bool
+) -> tuple[nnx.Param, nnx.Param | None]:
+    """A kernel, and where it is int8 the float32 scales of its outputs: all its dimensions but the last `num_inputs`.
+
+    The scales' path is the kernel's with `_scale` appended: loading goes by that.
+    """
+    if not quantized:
+        return param(shape, axes, dtype), None
+    scale = param(shape[:-num_inputs], axes[:-num_inputs], jnp.dtype("float32"))
+    return param(shape, axes, jnp.dtype("int8")), scale
 
 
 def activation(name: str) -> Callable[[jax.Array], jax.Array]:
@@ -71,20 +85,29 @@ class ColumnParallelLinear(nnx.Module):
         *,
         dtype: jnp.dtype,
         bias: bool = False,
+        quantized: bool = False,
     ):
-        self.kernel = param((*out_shape, in_features), (*axes, "embed"), dtype)
+        shape, kernel_axes = (*out_shape, in_features), (*axes, "embed")
+        self.kernel, self.kernel_scale = kernel_params(shape, kernel_axes, 1, dtype, quantized)
         self.bias = param(out_shape, axes, dtype) if bias else None
 
     def __call__(self, x_TD: jax.Array) -> jax.Array:
         kernel = self.kernel[...]
-        y = product(x_TD, kernel.reshape(-1, kernel.shape[-1])).reshape(-1, *kernel.shape[:-1])
+        kernel_OD = kernel.reshape(-1, kernel.shape[-1])
+        if self.kernel_scale is None:
+            y = product(x_TD, kernel_OD)
+        else:
+            y = int8.product(x_TD, kernel_OD, self.kernel_scale[...].reshape(-1))
+        y = y.reshape(-1, *kernel.shape[:-1])
         return y if self.bias is None else y + self.bias[...]
 
 
 class RowParallelLinear(nnx.Module):
     """y = x W^T + b, sharded over an input dimension: XLA follows it with an all-reduce.
 
-    The input may have several dimensions; `axes` names them, and the first of them is the sharded one.
+    The input may have several dimensions; `axes` names them, and the first of them is the sharded one. Where the
+    kernel is int8, each device scales its own part of every token: that needs no further collective, and rounds a
+    little otherwise at each width.
     """
 
     def __init__(
@@ -95,13 +118,18 @@ class RowParallelLinear(nnx.Module):
         *,
         dtype: jnp.dtype,
         bias: bool = False,
+        quantized: bool = False,
     ):
-        self.kernel = param((out_features, *in_shape), ("embed", *axes), dtype)
+        shape, kernel_axes = (out_features, *in_shape), ("embed", *axes)
+        self.kernel, self.kernel_scale = kernel_params(shape, kernel_axes, len(in_shape), dtype, quantized)
         self.bias = param((out_features,), ("embed",), dtype) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.kernel[...]
-        y_TD = replicate(product(x.reshape(x.shape[0], -1), kernel.reshape(kernel.shape[0], -1)))
+        if self.kernel_scale is None:
+            y_TD = replicate(product(x.reshape(x.shape[0], -1), kernel.reshape(kernel.shape[0], -1)))
+        else:
+            y_TD = _summed_over_shards(_int8_rows, (x, 1), (kernel, 1), (self.kernel_scale[...], None))
         return y_TD if self.bias is None else y_TD + self.bias[...]
 
 
@@ -113,32 +141,58 @@ def replicate(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec())
 
 
-def _lookup(table_VD: jax.Array, tokens_T: jax.Array) -> jax.Array:
-    """Rows [T, D] of a table of which each device has a part: its own rows, and zeros, summed over the devices."""
-    local_T = tokens_T - jax.lax.axis_index("tp") * table_VD.shape[0]
-    mine_T = (local_T >= 0) & (local_T < table_VD.shape[0])
-    rows_TD = jnp.take(table_VD, local_T, axis=0, mode="clip")
-    return jax.lax.psum(jnp.where(mine_T[:, None], rows_TD, 0), "tp")
+def _int8_rows(x: jax.Array, kernel: jax.Array, scale_D: jax.Array) -> jax.Array:
+    return int8.product(x.reshape(x.shape[0], -1), kernel.reshape(kernel.shape[0], -1), scale_D)
+
+
+def _summed_over_shards(function: Callable[..., jax.Array], *arguments: tuple[jax.Array, int | None]) -> jax.Array:
+    """The sum of what `function` gives for each device's part of the arguments, on all devices: one all-reduce.
+
+    Args:
+        function: of parts of the arrays.
+        arguments: each array with the dimension that is sharded, or None.
+    """
+    arrays = [array for array, _ in arguments]
+    if jax.sharding.get_abstract_mesh().empty:
+        return function(*arrays)
+    specs = tuple(PartitionSpec() if dim is None else PartitionSpec(*[None] * dim, "tp") for _, dim in arguments)
+    summed = jax.shard_map(
+        lambda *parts: jax.lax.psum(function(*parts), "tp"), in_specs=specs, out_specs=PartitionSpec(), check_vma=False
+    )
+    return summed(*arrays)
 
 
 class VocabParallelEmbedding(nnx.Module):
     """Token embedding, and the output projection too where the two are tied; sharded over the vocabulary."""
 
-    def __init__(self, vocab_size: int, features: int, *, dtype: jnp.dtype):
-        self.table = param((vocab_size, features), ("vocab", "embed"), dtype)
+    def __init__(self, vocab_size: int, features: int, *, dtype: jnp.dtype, quantized: bool = False):
+        shape = (vocab_size, features)
+        self.table, self.table_scale = kernel_params(shape, ("vocab", "embed"), 1, dtype, quantized)
+        self.dtype = dtype
 
     def __call__(self, tokens_T: jax.Array) -> jax.Array:
         """[T, D], whole on each device. Ids out of the table are moved to its nearest row."""
-        table_VD = self.table[...]
-        if jax.sharding.get_abstract_mesh().empty:
-            return jnp.take(table_VD, tokens_T, axis=0, mode="clip")
         # Stated by hand: of a single token XLA's GPU partitioner makes a slice, and gathers the whole table for it.
-        vocab = PartitionSpec("tp", None)
-        lookup = jax.shard_map(_lookup, in_specs=(vocab, PartitionSpec()), out_specs=PartitionSpec(), check_vma=False)
-        return lookup(table_VD, jnp.clip(tokens_T, 0, table_VD.shape[0] - 1))
+        tokens_T = jnp.clip(tokens_T, 0, self.table[...].shape[0] - 1)
+        arguments: list[tuple[jax.Array, int | None]] = [(tokens_T, None), (self.table[...], 0)]
+        if self.table_scale is not None:
+            arguments.append((self.table_scale[...], 0))
+        return _summed_over_shards(self._rows, *arguments)
+
+    def _rows(self, tokens_T: jax.Array, table_VD: jax.Array, scale_V: jax.Array | None = None) -> jax.Array:
+        """The rows of these tokens that this device's part of the table holds, and zeros for the others."""
+        if not jax.sharding.get_abstract_mesh().empty:
+            tokens_T = tokens_T - jax.lax.axis_index("tp") * table_VD.shape[0]
+        held_T = (tokens_T >= 0) & (tokens_T < table_VD.shape[0])
+        rows_TD = jnp.take(table_VD, tokens_T, axis=0, mode="clip")
+        if scale_V is not None:
+            rows_TD = rows_TD.astype(jnp.float32) * jnp.take(scale_V, tokens_T, mode="clip")[:, None]
+        return jnp.where(held_T[:, None], rows_TD, 0).astype(self.dtype)
 
     def logits(self, x_RD: jax.Array) -> jax.Array:
         """float32 [R, V], sharded over V."""
+        if self.table_scale is not None:
+            return int8.product(x_RD, self.table[...], self.table_scale[...], jnp.dtype("float32"))
         if x_RD.dtype == jnp.float32:
             return product(x_RD, self.table[...])
         return jax.lax.dot_general(x_RD, self.table[...], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
@@ -199,9 +253,13 @@ def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 class Mlp(nnx.Module):
     """down(act(gate(x)) * up(x)): gate and up are one column-parallel product, down is row-parallel."""
 
-    def __init__(self, embed: int, ffn: int, act: str, *, dtype: jnp.dtype, bias: bool = False):
-        self.gate_up = ColumnParallelLinear(embed, (ffn, 2), ("ffn", "gate_up"), dtype=dtype, bias=bias)
-        self.down = RowParallelLinear((ffn,), embed, ("ffn",), dtype=dtype, bias=bias)
+    def __init__(
+        self, embed: int, ffn: int, act: str, *, dtype: jnp.dtype, bias: bool = False, quantized: tuple[str, ...] = ()
+    ):
+        self.gate_up = ColumnParallelLinear(
+            embed, (ffn, 2), ("ffn", "gate_up"), dtype=dtype, bias=bias, quantized="gate_up" in quantized
+        )
+        self.down = RowParallelLinear((ffn,), embed, ("ffn",), dtype=dtype, bias=bias, quantized="down" in quantized)
         self.act = act
 
     def __call__(self, x_TD: jax.Array) -> jax.Array:
@@ -217,11 +275,18 @@ class MoeMlp(nnx.Module):
     product would, which matters for long prefills only.
     """
 
-    def __init__(self, embed: int, spec: MoeSpec, num_experts_padded: int, act: str, *, dtype: jnp.dtype):
+    def __init__(
+        self, embed: int, spec: MoeSpec, num_experts_padded: int, act: str, *, dtype: jnp.dtype,
+        quantized: tuple[str, ...] = (),
+    ):  # fmt: skip
         e, f = num_experts_padded, spec.intermediate_size
         self.router = param((spec.num_experts, embed), (None, "embed"), dtype)
-        self.gate_up = param((e, 2, f, embed), ("experts", "gate_up", "expert_ffn", "embed"), dtype)
-        self.down = param((e, embed, f), ("experts", "embed", "expert_ffn"), dtype)
+        self.gate_up, self.gate_up_scale = kernel_params(
+            (e, 2, f, embed), ("experts", "gate_up", "expert_ffn", "embed"), 1, dtype, "gate_up" in quantized
+        )
+        self.down, self.down_scale = kernel_params(
+            (e, embed, f), ("experts", "embed", "expert_ffn"), 1, dtype, "down" in quantized
+        )
         self.spec, self.act, self.num_experts_padded = spec, act, e
 
     def routing(self, x_TD: jax.Array) -> jax.Array:
@@ -236,9 +301,24 @@ class MoeMlp(nnx.Module):
 
     def __call__(self, x_TD: jax.Array) -> jax.Array:
         weights_TE = self.routing(x_TD).astype(x_TD.dtype)
+        y_ET2F = self._gate_up(x_TD)
+        z_ETF = activation(self.act)(y_ET2F[:, :, 0]) * y_ET2F[:, :, 1]
+        return replicate(jnp.sum(self._down(z_ETF * weights_TE.T[:, :, None]), axis=0))
+
+    def _gate_up(self, x_TD: jax.Array) -> jax.Array:
         gate_up = self.gate_up[...]
         e, _, f, d = gate_up.shape
-        y_ET2F = jnp.einsum("td,exd->etx", x_TD, gate_up.reshape(e, 2 * f, d)).reshape(e, -1, 2, f)
-        z_ETF = activation(self.act)(y_ET2F[:, :, 0]) * y_ET2F[:, :, 1]
-        y_ETD = jnp.einsum("etf,edf->etd", z_ETF * weights_TE.T[:, :, None], self.down[...])
-        return replicate(jnp.sum(y_ETD, axis=0))
+        kernel = gate_up.reshape(e, 2 * f, d)
+        if self.gate_up_scale is None:
+            return jnp.einsum("td,exd->etx", x_TD, kernel).reshape(e, -1, 2, f)
+        q_TD, scale_T1 = int8.quantize_tokens(x_TD)
+        y_ETX = jnp.einsum("td,exd->etx", q_TD, kernel, preferred_element_type=jnp.int32)
+        scale_EX = self.gate_up_scale[...].reshape(e, 1, 2 * f)
+        return (y_ETX.astype(jnp.float32) * scale_T1 * scale_EX).astype(x_TD.dtype).reshape(e, -1, 2, f)
+
+    def _down(self, z_ETF: jax.Array) -> jax.Array:
+        if self.down_scale is None:
+            return jnp.einsum("etf,edf->etd", z_ETF, self.down[...])
+        q_ETF, scale_ET1 = int8.quantize_tokens(z_ETF)
+        y_ETD = jnp.einsum("etf,edf->etd", q_ETF, self.down[...], preferred_element_type=jnp.int32)
+        return (y_ETD.astype(jnp.float32) * scale_ET1 * self.down_scale[...][:, None]).astype(z_ETF.dtype)

@@ -84,14 +84,21 @@ class PaddedSizes:
 
     def parameters_per_device(self, spec: ModelSpec) -> int:
         """Parameters on one device, exactly: each sharded dimension divides by the width, the others are repeated."""
+        return spec.count_parameters(**self._per_device())
+
+    def weight_bytes_per_device(self, spec: ModelSpec, itemsize: int) -> int:
+        """Bytes of the weights on one device, exactly; those that are not quantized take `itemsize` bytes each."""
+        return spec.count_bytes(itemsize, **self._per_device())
+
+    def _per_device(self) -> dict[str, int]:
         slots = self.heads.num_slots // self.width
-        return spec.count_parameters(
-            vocab=self.vocab // self.width,
-            query_heads=slots * self.heads.queries_per_slot,
-            kv_heads=slots,
-            ffn=self.ffn // self.width,
-            experts=self.experts // self.width,
-        )
+        return {
+            "vocab": self.vocab // self.width,
+            "query_heads": slots * self.heads.queries_per_slot,
+            "kv_heads": slots,
+            "ffn": self.ffn // self.width,
+            "experts": self.experts // self.width,
+        }
 
     def page_bytes(self, spec: ModelSpec, page_size: int, itemsize: int) -> int:
         """Bytes that one page of KV cache, of all layers and with its tokens' ids, takes on one device."""

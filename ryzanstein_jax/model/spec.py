@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
+
+from ryzanstein_jax.model.quantization import Quantization
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ class ModelSpec:
     logits_softcap: float | None = None
     moe: MoeSpec | None = None
     dtype: str = "float32"  # of the checkpoint
+    quantization: Quantization | None = None
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
 
@@ -82,8 +86,13 @@ class ModelSpec:
     def replace(self, **changes: object) -> ModelSpec:
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
 
+    @property
+    def quantized_roles(self) -> tuple[str, ...]:
+        """Roles of the kernels that are quantized; see `Quantization.roles`."""
+        return self.quantization.roles if self.quantization is not None else ()
+
     def num_parameters(self) -> int:
-        """Parameters of the model itself, without the padding that sharding may add."""
+        """Parameters of the model itself, without the padding that sharding may add, and without scales."""
         return self.count_parameters(
             vocab=self.vocab_size,
             query_heads=self.num_heads,
@@ -94,18 +103,51 @@ class ModelSpec:
 
     def count_parameters(self, *, vocab: int, query_heads: int, kv_heads: int, ffn: int, experts: int) -> int:
         """Parameters if the dimensions that a mesh shards had these sizes: those of one device, for example."""
+        sizes = dict(vocab=vocab, query_heads=query_heads, kv_heads=kv_heads, ffn=ffn, experts=experts)
+        return sum(outputs * inputs for _, outputs, inputs in self.kernels(**sizes)) + self._count_others(**sizes)
+
+    def count_bytes(self, itemsize: int, *, vocab: int, query_heads: int, kv_heads: int, ffn: int, experts: int) -> int:
+        """Bytes of those parameters with the scales of the quantized ones; the others take `itemsize` bytes each."""
+        sizes = dict(vocab=vocab, query_heads=query_heads, kv_heads=kv_heads, ffn=ffn, experts=experts)
+        total = itemsize * self._count_others(**sizes)
+        for role, outputs, inputs in self.kernels(**sizes):
+            quantized = role in self.quantized_roles
+            total += outputs * (inputs + 4) if quantized else itemsize * outputs * inputs
+        return total
+
+    def kernels(
+        self, *, vocab: int, query_heads: int, kv_heads: int, ffn: int, experts: int
+    ) -> Iterator[tuple[str, int, int]]:
+        """Role, outputs and inputs of every kernel, those of all experts as one."""
+        d, heads = self.hidden_size, query_heads * self.head_dim
+        yield "embedding", vocab, d
+        if not self.tie_embeddings:
+            yield "unembed", vocab, d
+        for layer in self.layers:
+            yield "qkv", heads + 2 * kv_heads * self.head_dim, d
+            yield "out", d, heads
+            if layer.moe:
+                assert self.moe is not None
+                size = self.moe.intermediate_size
+                yield "gate_up", experts * 2 * size, d
+                yield "down", experts * d, size
+            else:
+                yield "gate_up", 2 * ffn, d
+                yield "down", d, ffn
+
+    def _count_others(self, *, vocab: int, query_heads: int, kv_heads: int, ffn: int, experts: int) -> int:
+        """Parameters that are no kernels: norms, biases, routers."""
         d, q, k, h = self.hidden_size, query_heads, kv_heads, self.head_dim
-        attention = d * (q + 2 * k) * h + q * h * d
-        attention += (q + 2 * k) * h * self.qkv_bias + d * self.out_bias
+        attention = (q + 2 * k) * h * self.qkv_bias + d * self.out_bias
         attention += {None: 0, "head": 2 * h, "all": (q + k) * h}[self.qk_norm]
         norms = d * (4 if self.norms == "both" else 2)
-        total = (1 if self.tie_embeddings else 2) * vocab * d + d
+        total = d
         for layer in self.layers:
             total += attention + norms
             if layer.moe:
                 assert self.moe is not None
                 # The router is not sharded: every device routes to all experts.
-                total += self.moe.num_experts * d + experts * 3 * d * self.moe.intermediate_size
+                total += self.moe.num_experts * d
             else:
-                total += 3 * d * ffn + (2 * ffn + d) * self.mlp_bias
+                total += (2 * ffn + d) * self.mlp_bias
         return total

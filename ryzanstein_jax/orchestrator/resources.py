@@ -167,7 +167,7 @@ class ResourceAllocator:
     def weight_bytes(self, width: int, platform: str) -> int:
         """Bytes of the parameters on one device of a mesh."""
         dtype = resolve_dtype(self.config.dtype, self.spec.dtype, platform)
-        return PaddedSizes.of(self.spec, width).parameters_per_device(self.spec) * dtype.itemsize
+        return PaddedSizes.of(self.spec, width).weight_bytes_per_device(self.spec, dtype.itemsize)
 
     def _place(self, width: int) -> Placement:
         if type(width) is not int or not 1 <= width <= self.config.tensor_parallel_size:

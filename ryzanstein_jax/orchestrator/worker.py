@@ -96,7 +96,7 @@ class Worker:
             raise InjectedFault("an exception while loading, as asked for")
         config = EngineConfig(**order["config"])
         files = resolve_model(config.model, config.revision, config.load_format)
-        spec = spec_from_config(files.config, max_model_len=config.max_model_len)
+        spec = spec_from_config(files.config, max_model_len=config.max_model_len, quantization=config.quantization)
 
         def progress(what: str, done: int, total: int) -> None:
             self._control.send_json(Kind.PROGRESS, {"what": what, "done": done, "total": total})

@@ -188,7 +188,7 @@ def test_a_device_reads_no_more_than_its_own_heads():
     tensors = weights_of(spec)
     source = DictSource(tensors)
     sizes, params, _ = setup(spec, 4)
-    parts = make_recipes(source, spec, sizes, params)["layers.0.attention.qkv.kernel"]
+    parts = make_recipes(source, spec, sizes, params).parts["layers.0.attention.qkv.kernel"]
     whole = params["layers.0.attention.qkv.kernel"].shape
     block, count = assemble(source, parts, ((2, 3), *((0, size) for size in whole[1:])), np.dtype("float32"))
     assert count == block.nbytes
@@ -203,7 +203,7 @@ def test_any_box_equals_that_box_of_the_whole(data, width):
     source = DictSource(tensors)
     sizes, params, _ = setup(FULL, width)
     path = data.draw(st.sampled_from(sorted(params)))
-    parts = make_recipes(source, FULL, sizes, params)[path]
+    parts = make_recipes(source, FULL, sizes, params).parts[path]
     shape = params[path].shape
     full, _ = assemble(source, parts, tuple((0, size) for size in shape), np.dtype("float32"))
     box = []
