@@ -24,7 +24,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("bench")
     group.addoption("--model", default="smollm2", help="what LLM() takes")
     group.addoption("--tp", type=int, default=1, help="tensor-parallel size of this package's side")
-    group.addoption("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of both sides")
+    group.addoption(
+        "--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of this package's side"
+    )
+    group.addoption("--quantization", help="of this package's side, such as int8")
+    group.addoption("--hf-dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of transformers")
     group.addoption("--runs", type=int, default=3, help="measured repetitions")
     group.addoption("--hf-python", help="one with torch and transformers; default: this, if it has them; '': none")
     group.addoption("--json", type=Path, default=ROOT / "bench" / "results", help="folder of the results")
@@ -49,12 +53,22 @@ def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
     hf_python = option("--hf-python")
     if hf_python is None and all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
         hf_python = sys.executable
-    settings = {"model": option("--model"), "dtype": option("--dtype"), "tensor_parallel_size": option("--tp")}
+    settings = {
+        "model": option("--model"), "dtype": option("--dtype"), "quantization": option("--quantization"),
+        "tensor_parallel_size": option("--tp"),
+    }  # fmt: skip
     sizes = SMOKE if option("--smoke") else Sizes()
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         vocab_size = export_hf_folder(option("--model"), Path(folder))
         bench = Bench(
-            settings, sizes, option("--runs"), option("--json").absolute(), Path(folder), vocab_size, hf_python or None
+            settings,
+            sizes,
+            option("--runs"),
+            option("--json").absolute(),
+            Path(folder),
+            vocab_size,
+            hf_python or None,
+            option("--hf-dtype"),
         )
         request.config.stash[_bench] = bench
         yield bench
@@ -78,7 +92,7 @@ def sides(bench: Bench) -> Iterator[list[Side]]:
 def start_settings(bench: Bench, side: str, longest: int) -> dict[str, object]:
     """What a side starts with to hold all requests at `longest` tokens each."""
     if side == THEIRS:
-        return {"model": str(bench.exported), "dtype": bench.settings["dtype"]}
+        return {"model": str(bench.exported), "dtype": bench.their_dtype}
     return {
         **bench.settings,
         "max_num_seqs": bench.sizes.max_num_seqs,

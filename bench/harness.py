@@ -23,7 +23,7 @@ OURS, THEIRS = "ryzanstein_jax", "transformers"
 MODULES = {OURS: "bench.our_worker", THEIRS: "bench.hf_worker"}
 
 #: Logits this close are a tie that either side may break its own way: sums in another order differ that much.
-TIE = {"float32": 5e-3, "bfloat16": 1.0, "float16": 0.2}
+TIE = {"float32": 5e-3, "bfloat16": 1.0, "float16": 0.2, "int8": 3.0}
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,7 @@ class Bench:
         folder: gets one JSON file per benchmark.
         exported: folder of the model's weights as transformers reads them.
         hf_python: interpreter of the other side; None leaves it out.
+        their_dtype: what the other side computes in.
         tables: of all results, for the end of the run.
         notes: of the last `take_turns`: what other processes took of the CPUs, and ties between the two sides' tokens.
         commit: of the checkout when the run began; see `machine.commit`.
@@ -124,6 +125,7 @@ class Bench:
     exported: Path
     vocab_size: int
     hf_python: str | None
+    their_dtype: str = "float32"
     tables: list[Table] = field(default_factory=list)
     notes: dict[str, float] = field(default_factory=dict)
     commit: str = field(default_factory=commit)
@@ -141,13 +143,14 @@ class Bench:
             WrongResult: the sides' greedy tokens differ.
         """
         results: dict[str, list[Figures]] = {side.name: [] for side in sides}
+        precision = self.settings.get("quantization") or self.settings["dtype"]
         ties, began, others_before = 0, time.perf_counter(), other_cpu_seconds()
         for run in range(self.runs + 1):
             prompts = make_prompts(run)
             replies = {side.name: side.generate(prompts, max_tokens) for side in sides}
             if len(sides) == 2:
                 ours, theirs = (replies[side.name]["tokens"] for side in sides)
-                ties += compare_tokens(sides[1].worker, prompts, ours, theirs, self.settings["dtype"])
+                ties += compare_tokens(sides[1].worker, prompts, ours, theirs, precision)
             if run:
                 for name, reply in replies.items():
                     results[name].append(measure(reply))
@@ -191,10 +194,13 @@ class Bench:
         content = {
             **content,
             **self.settings,
+            "their_dtype": self.their_dtype,
             "machine": describe_machine(),
             "commit": self.commit,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         self.folder.mkdir(parents=True, exist_ok=True)
+        precision = self.settings.get("quantization") or self.settings["dtype"]
+        name += "" if precision == "float32" else f"-{precision}"
         (self.folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
         self.tables.append(table)

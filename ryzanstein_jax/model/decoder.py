@@ -43,7 +43,7 @@ class Attention(nnx.Module):
             ("kv_slots", "heads_per_slot", "head_dim"),
             dtype=dtype,
             bias=spec.qkv_bias,
-            quantized="qkv" in spec.quantized_roles,
+            digits=spec.digits.get("qkv", 0),
         )
         self.out = RowParallelLinear(
             (slots, queries, spec.head_dim),
@@ -51,7 +51,7 @@ class Attention(nnx.Module):
             ("kv_slots", "heads_per_slot", "head_dim"),
             dtype=dtype,
             bias=spec.out_bias,
-            quantized="out" in spec.quantized_roles,
+            digits=spec.digits.get("out", 0),
         )
         self.q_norm, self.k_norm = _qk_norms(spec, sizes, dtype)
         self.scale, self.softcap, self.window = spec.attention_scale, spec.attention_softcap, layer.window
@@ -117,15 +117,14 @@ class DecoderLayer(nnx.Module):
         self.attention = Attention(spec, layer, sizes, dtype)
         self.mlp_norm, self.mlp_post_norm = norm(before), norm(after)
         self.mlp: Mlp | MoeMlp
-        quantized = spec.quantized_roles
         if layer.moe:
             assert spec.moe is not None
             self.mlp = MoeMlp(
-                spec.hidden_size, spec.moe, sizes.experts, spec.activation, dtype=dtype, quantized=quantized
+                spec.hidden_size, spec.moe, sizes.experts, spec.activation, dtype=dtype, digits=spec.digits
             )
         else:
             self.mlp = Mlp(
-                spec.hidden_size, sizes.ffn, spec.activation, dtype=dtype, bias=spec.mlp_bias, quantized=quantized
+                spec.hidden_size, sizes.ffn, spec.activation, dtype=dtype, bias=spec.mlp_bias, digits=spec.digits
             )
 
     def __call__(
@@ -150,8 +149,8 @@ class Decoder(nnx.Module):
 
     def __init__(self, spec: ModelSpec, sizes: PaddedSizes, dtype: jnp.dtype):
         def table(role: str) -> VocabParallelEmbedding:
-            quantized = role in spec.quantized_roles
-            return VocabParallelEmbedding(sizes.vocab, spec.hidden_size, dtype=dtype, quantized=quantized)
+            digits = spec.digits.get(role, 0)
+            return VocabParallelEmbedding(sizes.vocab, spec.hidden_size, dtype=dtype, digits=digits)
 
         self.embedding = table("embedding")
         self.layers = nnx.List([DecoderLayer(spec, layer, sizes, dtype) for layer in spec.layers])

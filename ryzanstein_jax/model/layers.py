@@ -11,7 +11,8 @@ F ffn, V vocab, E experts, R rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -30,13 +31,14 @@ def param(shape: tuple[int, ...], axes: tuple[str | None, ...], dtype: jnp.dtype
 
 
 def kernel_params(
-    shape: tuple[int, ...], axes: tuple[str, ...], num_inputs: int, dtype: jnp.dtype, quantized: bool
+    shape: tuple[int, ...], axes: tuple[str, ...], num_inputs: int, dtype: jnp.dtype, digits: int
 ) -> tuple[nnx.Param, nnx.Param | None]:
-    """A kernel, and where it is int8 the float32 scales of its outputs: all its dimensions but the last `num_inputs`.
+    """A kernel, and where it is int8 (`digits` is not 0) the float32 scales of its outputs.
 
-    The scales' path is the kernel's with `_scale` appended: loading goes by that.
+    Outputs are all dimensions but the last `num_inputs`. The scales' path is the kernel's with `_scale` appended:
+    loading goes by that.
     """
-    if not quantized:
+    if not digits:
         return param(shape, axes, dtype), None
     scale = param(shape[:-num_inputs], axes[:-num_inputs], jnp.dtype("float32"))
     return param(shape, axes, jnp.dtype("int8")), scale
@@ -65,6 +67,8 @@ def product(x_TI: jax.Array, kernel_OI: jax.Array) -> jax.Array:
         # Without the barrier XLA would put the transposed product back into the first form.
         return jax.lax.optimization_barrier(plain(kernel_OI, x_TI)).T
 
+    if x_TI.dtype == jnp.bfloat16:
+        return int8.with_two_rows(plain, x_TI, kernel_OI)
     if x_TI.dtype != jnp.float32 or not 1 < x_TI.shape[0] <= _FEW_ROWS:
         return plain(x_TI, kernel_OI)
     return jax.lax.platform_dependent(x_TI, kernel_OI, cpu=kernel_first, default=plain)
@@ -85,10 +89,11 @@ class ColumnParallelLinear(nnx.Module):
         *,
         dtype: jnp.dtype,
         bias: bool = False,
-        quantized: bool = False,
+        digits: int = 0,
     ):
         shape, kernel_axes = (*out_shape, in_features), (*axes, "embed")
-        self.kernel, self.kernel_scale = kernel_params(shape, kernel_axes, 1, dtype, quantized)
+        self.kernel, self.kernel_scale = kernel_params(shape, kernel_axes, 1, dtype, digits)
+        self.digits = digits
         self.bias = param(out_shape, axes, dtype) if bias else None
 
     def __call__(self, x_TD: jax.Array) -> jax.Array:
@@ -97,7 +102,7 @@ class ColumnParallelLinear(nnx.Module):
         if self.kernel_scale is None:
             y = product(x_TD, kernel_OD)
         else:
-            y = int8.product(x_TD, kernel_OD, self.kernel_scale[...].reshape(-1))
+            y = int8.product(x_TD, kernel_OD, self.kernel_scale[...].reshape(-1), self.digits).astype(x_TD.dtype)
         y = y.reshape(-1, *kernel.shape[:-1])
         return y if self.bias is None else y + self.bias[...]
 
@@ -118,10 +123,11 @@ class RowParallelLinear(nnx.Module):
         *,
         dtype: jnp.dtype,
         bias: bool = False,
-        quantized: bool = False,
+        digits: int = 0,
     ):
         shape, kernel_axes = (out_features, *in_shape), ("embed", *axes)
-        self.kernel, self.kernel_scale = kernel_params(shape, kernel_axes, len(in_shape), dtype, quantized)
+        self.kernel, self.kernel_scale = kernel_params(shape, kernel_axes, len(in_shape), dtype, digits)
+        self.digits = digits
         self.bias = param((out_features,), ("embed",), dtype) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -129,8 +135,12 @@ class RowParallelLinear(nnx.Module):
         if self.kernel_scale is None:
             y_TD = replicate(product(x.reshape(x.shape[0], -1), kernel.reshape(kernel.shape[0], -1)))
         else:
-            y_TD = _summed_over_shards(_int8_rows, (x, 1), (kernel, 1), (self.kernel_scale[...], None))
+            y_TD = _summed_over_shards(self._int8_product, (x, 1), (kernel, 1), (self.kernel_scale[...], None))
         return y_TD if self.bias is None else y_TD + self.bias[...]
+
+    def _int8_product(self, x: jax.Array, kernel: jax.Array, scale_D: jax.Array) -> jax.Array:
+        x_TI, kernel_DI = x.reshape(x.shape[0], -1), kernel.reshape(kernel.shape[0], -1)
+        return int8.product(x_TI, kernel_DI, scale_D, self.digits).astype(x.dtype)
 
 
 def replicate(x: jax.Array) -> jax.Array:
@@ -139,10 +149,6 @@ def replicate(x: jax.Array) -> jax.Array:
     if mesh.empty:
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec())
-
-
-def _int8_rows(x: jax.Array, kernel: jax.Array, scale_D: jax.Array) -> jax.Array:
-    return int8.product(x.reshape(x.shape[0], -1), kernel.reshape(kernel.shape[0], -1), scale_D)
 
 
 def _summed_over_shards(function: Callable[..., jax.Array], *arguments: tuple[jax.Array, int | None]) -> jax.Array:
@@ -165,10 +171,10 @@ def _summed_over_shards(function: Callable[..., jax.Array], *arguments: tuple[ja
 class VocabParallelEmbedding(nnx.Module):
     """Token embedding, and the output projection too where the two are tied; sharded over the vocabulary."""
 
-    def __init__(self, vocab_size: int, features: int, *, dtype: jnp.dtype, quantized: bool = False):
+    def __init__(self, vocab_size: int, features: int, *, dtype: jnp.dtype, digits: int = 0):
         shape = (vocab_size, features)
-        self.table, self.table_scale = kernel_params(shape, ("vocab", "embed"), 1, dtype, quantized)
-        self.dtype = dtype
+        self.table, self.table_scale = kernel_params(shape, ("vocab", "embed"), 1, dtype, digits)
+        self.dtype, self.digits = dtype, digits
 
     def __call__(self, tokens_T: jax.Array) -> jax.Array:
         """[T, D], whole on each device. Ids out of the table are moved to its nearest row."""
@@ -192,10 +198,14 @@ class VocabParallelEmbedding(nnx.Module):
     def logits(self, x_RD: jax.Array) -> jax.Array:
         """float32 [R, V], sharded over V."""
         if self.table_scale is not None:
-            return int8.product(x_RD, self.table[...], self.table_scale[...], jnp.dtype("float32"))
+            return int8.product(x_RD, self.table[...], self.table_scale[...], self.digits)
         if x_RD.dtype == jnp.float32:
             return product(x_RD, self.table[...])
-        return jax.lax.dot_general(x_RD, self.table[...], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+
+        def dot(x_RD: jax.Array, table_VD: jax.Array) -> jax.Array:
+            return jax.lax.dot_general(x_RD, table_VD, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+
+        return int8.with_two_rows(dot, x_RD, self.table[...])
 
 
 class RMSNorm(nnx.Module):
@@ -254,12 +264,19 @@ class Mlp(nnx.Module):
     """down(act(gate(x)) * up(x)): gate and up are one column-parallel product, down is row-parallel."""
 
     def __init__(
-        self, embed: int, ffn: int, act: str, *, dtype: jnp.dtype, bias: bool = False, quantized: tuple[str, ...] = ()
+        self,
+        embed: int,
+        ffn: int,
+        act: str,
+        *,
+        dtype: jnp.dtype,
+        bias: bool = False,
+        digits: Mapping[str, int] = MappingProxyType({}),
     ):
         self.gate_up = ColumnParallelLinear(
-            embed, (ffn, 2), ("ffn", "gate_up"), dtype=dtype, bias=bias, quantized="gate_up" in quantized
+            embed, (ffn, 2), ("ffn", "gate_up"), dtype=dtype, bias=bias, digits=digits.get("gate_up", 0)
         )
-        self.down = RowParallelLinear((ffn,), embed, ("ffn",), dtype=dtype, bias=bias, quantized="down" in quantized)
+        self.down = RowParallelLinear((ffn,), embed, ("ffn",), dtype=dtype, bias=bias, digits=digits.get("down", 0))
         self.act = act
 
     def __call__(self, x_TD: jax.Array) -> jax.Array:
@@ -277,17 +294,17 @@ class MoeMlp(nnx.Module):
 
     def __init__(
         self, embed: int, spec: MoeSpec, num_experts_padded: int, act: str, *, dtype: jnp.dtype,
-        quantized: tuple[str, ...] = (),
+        digits: Mapping[str, int] = MappingProxyType({}),
     ):  # fmt: skip
         e, f = num_experts_padded, spec.intermediate_size
         self.router = param((spec.num_experts, embed), (None, "embed"), dtype)
         self.gate_up, self.gate_up_scale = kernel_params(
-            (e, 2, f, embed), ("experts", "gate_up", "expert_ffn", "embed"), 1, dtype, "gate_up" in quantized
+            (e, 2, f, embed), ("experts", "gate_up", "expert_ffn", "embed"), 1, dtype, digits.get("gate_up", 0)
         )
         self.down, self.down_scale = kernel_params(
-            (e, embed, f), ("experts", "embed", "expert_ffn"), 1, dtype, "down" in quantized
+            (e, embed, f), ("experts", "embed", "expert_ffn"), 1, dtype, digits.get("down", 0)
         )
-        self.spec, self.act, self.num_experts_padded = spec, act, e
+        self.spec, self.act, self.num_experts_padded, self.digits = spec, act, e, tuple(digits.items())
 
     def routing(self, x_TD: jax.Array) -> jax.Array:
         """float32 [T, E]: each token's weight for each expert, zero for those it is not routed to."""
@@ -311,14 +328,14 @@ class MoeMlp(nnx.Module):
         kernel = gate_up.reshape(e, 2 * f, d)
         if self.gate_up_scale is None:
             return jnp.einsum("td,exd->etx", x_TD, kernel).reshape(e, -1, 2, f)
-        q_TD, scale_T1 = int8.quantize_tokens(x_TD)
+        q_TD, scales = int8.quantize_tokens(x_TD, dict(self.digits)["gate_up"])
         y_ETX = jnp.einsum("td,exd->etx", q_TD, kernel, preferred_element_type=jnp.int32)
-        scale_EX = self.gate_up_scale[...].reshape(e, 1, 2 * f)
-        return (y_ETX.astype(jnp.float32) * scale_T1 * scale_EX).astype(x_TD.dtype).reshape(e, -1, 2, f)
+        y_ETX = int8.scaled(y_ETX, scales, self.gate_up_scale[...].reshape(e, 1, 2 * f))
+        return y_ETX.astype(x_TD.dtype).reshape(e, -1, 2, f)
 
     def _down(self, z_ETF: jax.Array) -> jax.Array:
         if self.down_scale is None:
             return jnp.einsum("etf,edf->etd", z_ETF, self.down[...])
-        q_ETF, scale_ET1 = int8.quantize_tokens(z_ETF)
+        q_ETF, scales = int8.quantize_tokens(z_ETF, dict(self.digits)["down"])
         y_ETD = jnp.einsum("etf,edf->etd", q_ETF, self.down[...], preferred_element_type=jnp.int32)
-        return (y_ETD.astype(jnp.float32) * scale_ET1 * self.down_scale[...][:, None]).astype(z_ETF.dtype)
+        return int8.scaled(y_ETD, scales, self.down_scale[...][:, None]).astype(z_ETF.dtype)

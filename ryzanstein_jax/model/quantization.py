@@ -21,15 +21,27 @@ class Quantization:
             token, found when they are there; products accumulate in int32. Both symmetric.
         roles: of the kernels that are: "qkv", "out", "gate_up", "down", "embedding" (and with it the output
             projection where the two are tied), "unembed". All else stays in the dtype of the activations.
+        fine: those of them whose activations take two int8 digits, the second for what the first leaves: more than
+            one digit can show varies within a token there. It doubles the rows of that product, not its weights.
     """
 
     name: str
     roles: tuple[str, ...]
+    fine: tuple[str, ...] = ()
+
+    @property
+    def digits(self) -> dict[str, int]:
+        """Role -> digits of its activations."""
+        return {role: 2 if role in self.fine else 1 for role in self.roles}
 
 
 #: What `EngineConfig.quantization` stands for. Which kernels take part was decided by measurement:
 #: docs/quantization.md.
-QUANTIZATIONS = {"int8": Quantization("int8", (*LINEAR, "embedding", "unembed"))}
+QUANTIZATIONS = {
+    "int8": Quantization(
+        "int8", (*LINEAR, "embedding", "unembed"), fine=("qkv", "gate_up", "down", "embedding", "unembed")
+    )
+}
 
 #: Of the snapshots of this package; the format of others is read from what they say.
 OWN_METHOD = "ryzanstein_jax"
@@ -60,7 +72,8 @@ def _of_checkpoint(value: object) -> Quantization:
     if isinstance(value, Mapping) and value.get("quant_method") == OWN_METHOD:
         known, roles = QUANTIZATIONS.get(str(value.get("name"))), value.get("roles")
         if known is not None and isinstance(roles, list) and set(map(str, roles)) <= set(known.roles):
-            return Quantization(known.name, tuple(role for role in known.roles if role in roles))
+            held = tuple(role for role in known.roles if role in roles)
+            return Quantization(known.name, held, tuple(role for role in known.fine if role in roles))
     elif isinstance(value, Mapping) and value.get("quant_method") == "compressed-tensors":
         return _compressed_tensors(value)
     raise _unsupported(value)

@@ -87,9 +87,9 @@ class ModelSpec:
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
 
     @property
-    def quantized_roles(self) -> tuple[str, ...]:
-        """Roles of the kernels that are quantized; see `Quantization.roles`."""
-        return self.quantization.roles if self.quantization is not None else ()
+    def digits(self) -> dict[str, int]:
+        """Role of each quantized kernel -> int8 digits of its activations; see `Quantization`."""
+        return self.quantization.digits if self.quantization is not None else {}
 
     def num_parameters(self) -> int:
         """Parameters of the model itself, without the padding that sharding may add, and without scales."""
@@ -111,8 +111,7 @@ class ModelSpec:
         sizes = dict(vocab=vocab, query_heads=query_heads, kv_heads=kv_heads, ffn=ffn, experts=experts)
         total = itemsize * self._count_others(**sizes)
         for role, outputs, inputs in self.kernels(**sizes):
-            quantized = role in self.quantized_roles
-            total += outputs * (inputs + 4) if quantized else itemsize * outputs * inputs
+            total += outputs * (inputs + 4) if role in self.digits else itemsize * outputs * inputs
         return total
 
     def kernels(

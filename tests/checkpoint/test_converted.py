@@ -41,8 +41,8 @@ def file(tmp_path):
     return make(tmp_path / "a.gguf")
 
 
-def converted(file, dtype="float32", max_bytes=1 << 20):
-    return ConvertedWeights(file.parent / "weights", file, np.dtype(dtype), max_bytes)
+def converted(file, dtype="float32", max_bytes=1 << 20, quantization=None):
+    return ConvertedWeights(file.parent / "weights", file, np.dtype(dtype), max_bytes, quantization)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
