@@ -55,10 +55,28 @@ class OurWorker:
             "spans": spans,
         }
 
+    def score(self, text: str, count: int, length: int) -> dict[str, Any]:
+        """Of `count` windows of a text, `length` tokens each: every token's loss and the most likely one before it."""
+        tokenizer = self._llm.tokenizer
+        # A toy model brings none: then bytes are tokens, which only shows that this runs.
+        ids = list(text.encode()) if tokenizer is None else list(tokenizer.encode(text))
+        step = (len(ids) - length) // max(1, count - 1)
+        prompts = [ids[index * step : index * step + length] for index in range(count)]
+        params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1, detokenize=False)
+        outputs = self._llm.generate([{"prompt_token_ids": window} for window in prompts], params, use_tqdm=False)
+        losses, best = [], []
+        for window, output in zip(prompts, outputs, strict=True):
+            assert output.prompt_logprobs is not None
+            for token, found in zip(window[1:], output.prompt_logprobs[1:], strict=True):
+                assert found is not None
+                losses.append(-found[token].logprob)
+                best.append(max(found, key=lambda one: found[one].logprob))
+        return {"losses": losses, "best": best}
+
     def peak_memory(self) -> dict[str, Any]:
         return {"bytes": peak_memory_bytes()}
 
 
 if __name__ == "__main__":
     worker = OurWorker()
-    serve({name: getattr(worker, name) for name in ("start", "describe", "generate", "peak_memory")})
+    serve({name: getattr(worker, name) for name in ("start", "describe", "generate", "score", "peak_memory")})

@@ -154,7 +154,11 @@ def test_the_benchmarks_run_on_a_tiny_model(tmp_path: Path) -> None:
     command += ["--json", str(tmp_path), "--hf-python", ""]
     run = subprocess.run(command, cwd=ROOT, env={**os.environ, "COLUMNS": "100"}, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
-    assert {path.stem for path in tmp_path.glob("*.json")} == {"single_stream", "batch", "shared_prefix", "recovery"}
+    names = {"single_stream", "batch", "shared_prefix", "recovery", "quality"}
+    assert {path.stem for path in tmp_path.glob("*.json")} == names
+    quality = json.loads((tmp_path / "quality.json").read_text())["figures"]
+    assert quality["float32"]["perplexity_over_float32"] == 1 and quality["float32"]["same_most_likely_token"] == 1
+    assert 0.5 < quality["int8"]["perplexity_over_float32"] < 2 and quality["int8"]["perplexity"] > 1
     single = json.loads((tmp_path / "single_stream.json").read_text())
     assert set(single["figures"]) == {OURS}
     assert all(value > 0 for value in single["figures"][OURS].values())

@@ -100,7 +100,7 @@ W8A8 = {
 
 def changed(**group):
     base = W8A8["config_groups"]["group_0"]
-    group = {name: base[name] | part if isinstance(part, dict) else part for name, part in group.items()}
+    group = {name: (base[name] or {}) | part if isinstance(part, dict) else part for name, part in group.items()}
     return W8A8 | {"config_groups": {"group_0": base | group}}
 
 

@@ -1,0 +1,118 @@
+"""int8 models end to end: close to float32 at every width, two all-reduces a layer, refusals, what memory counts."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ryzanstein_jax.batch import Bucket
+from ryzanstein_jax.config import QUANTIZATIONS as NAMES
+from ryzanstein_jax.config import EngineConfig
+from ryzanstein_jax.engine.local import snapshot_model
+from ryzanstein_jax.engine.open import open_model
+from ryzanstein_jax.errors import ConfigError
+from ryzanstein_jax.memory import footprint, weight_bytes
+from ryzanstein_jax.model.quantization import LINEAR, QUANTIZATIONS, Quantization
+from ryzanstein_jax.request import SamplingParams
+from ryzanstein_jax.sharding import Collective, collectives
+from tests.support import (
+    FAMILIES,
+    GOLDEN,
+    QUICK,
+    Forward,
+    golden_expected,
+    golden_spec,
+    load,
+    make_plan,
+    make_programs,
+    open_engine,
+    serve,
+    tokens_of,
+)
+
+INT8 = QUANTIZATIONS["int8"]
+BUCKET = Bucket(decodes=1, prefill_tokens=40, prefills=1, rows=41)
+#: Root of the mean square of what int8 changes in the logits, over that of the logits. The golden models are random and
+#: narrow: sums of few products average less out than those of a trained model (docs/quantization.md has these).
+TOLERANCE = 0.05
+
+
+def logits(programs, family):
+    """Of the golden prompt as one chunk, then of the next token alone."""
+    tokens, _, _ = golden_expected(family)
+    forward = Forward(programs, load(programs, GOLDEN / family))
+    pages = list(range(1, 15))
+    parts = [forward(make_plan([], [(tokens, pages, 0, 40)])), forward(make_plan([(tokens, pages, 40)]))]
+    return np.concatenate(parts)
+
+
+def distance(got, wanted):
+    return float(np.sqrt(np.mean((got - wanted) ** 2) / np.mean(wanted**2)))
+
+
+@pytest.mark.parametrize("family", ["smollm2", "phi3", "gemma2", "qwen3_moe", "olmo2"])
+def test_logits_are_close_to_those_of_float32_at_every_width(family):
+    spec = golden_spec(family).replace(quantization=INT8)
+    programs = [make_programs(spec, width, BUCKET) for width in (1, 2, 8)]
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda one: logits(one, family), programs))
+    expected = golden_expected(family)[1][:41]
+    for got in found:
+        assert 1e-4 < distance(got, expected) < TOLERANCE, "quantized, and not by much"
+    for got in found[1:]:  # the same weights; parts of a token have scales of their own
+        assert distance(got, found[0]) < TOLERANCE / 2
+
+
+@pytest.mark.parametrize(("family", "width"), [("llama", 2), ("smollm2", 8), ("mixtral", 4)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_two_all_reduces_a_layer(family, width, dtype):
+    """As without quantization: scales of activations cost no collective, nor does looking int8 embeddings up."""
+    spec = golden_spec(family).replace(quantization=INT8)
+    programs = make_programs(spec, width, BUCKET, dtype=dtype)
+    found = collectives(programs.lower_forward(BUCKET).compile(compiler_options=QUICK))
+    assert {(one.kind, one.group_size) for one in found} == {("all-reduce", width)}
+    assert sum(one.count for one in found) == 2 * spec.num_layers + 1
+    if dtype == "float32":
+        assert found == [Collective("all-reduce", BUCKET.tokens * spec.hidden_size * 4, width, 2 * spec.num_layers + 1)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("quantization", [INT8, Quantization("int8", LINEAR), Quantization("int8", ("down",))])
+def test_the_sum_without_jax_is_that_of_the_arrays(family, quantization):
+    for width in (1, 3, 8):
+        for dtype in ("float32", "bfloat16"):
+            spec = golden_spec(family).replace(quantization=quantization)
+            programs = make_programs(spec, width, BUCKET, dtype=dtype)
+            counted = programs.sizes.weight_bytes_per_device(spec, jnp.dtype(dtype).itemsize)
+            assert counted == weight_bytes(programs.param_shapes)
+        if quantization is INT8:
+            assert footprint(spec, width).int8_bytes == programs.sizes.weight_bytes_per_device(spec, 4)
+            assert footprint(spec, width) == footprint(spec.replace(quantization=None), width)
+
+
+@pytest.mark.parametrize("name", ["int4", "fp8", "awq", "", 8, True, ["int8"]])
+def test_other_names_are_refused_with_those_that_are_known(name):
+    with pytest.raises(ConfigError, match=rf"^quantization=.* is invalid: use one of {', '.join(NAMES)}$"):
+        EngineConfig("m", quantization=name)
+    assert set(NAMES) == set(QUANTIZATIONS)
+
+
+def test_an_engine_runs_it_and_a_snapshot_remembers(tmp_path):
+    prompt = golden_expected("smollm2")[2].tolist()
+    greedy = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    config = EngineConfig(
+        str(GOLDEN / "smollm2"), quantization="int8", tensor_parallel_size=2, compilation_cache_dir=""
+    )
+    folder = snapshot_model(config, tmp_path / "int8")
+    stored = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert stored["quant_method"] == "ryzanstein_jax"
+    assert open_model(EngineConfig(str(folder))).spec.quantization == INT8
+    found = []
+    for model, settings in ((GOLDEN / "smollm2", {"quantization": "int8"}), (folder, {})):
+        engine, executor = open_engine(model, **settings)
+        found.append(tokens_of(serve(engine, {"a": (prompt, greedy)})))
+        assert executor.report.memory.weights == footprint(executor.spec, 1).int8_bytes
+        engine.close()
+    assert found[0] == found[1]
