@@ -196,7 +196,7 @@ class _HuggingFace(_Book):
         return 1
 
     def harmless(self, name: str) -> bool:
-        return harmless(name) or (self.spec.tie_embeddings and name == self.head)
+        return harmless(name) or (self.spec.tie_embeddings and name in (self.head, self.head + SCALE))
 
     def parts(self, path: str, layout: Layout) -> Iterator[Part]:
         match = _LAYER.fullmatch(path)

@@ -34,7 +34,7 @@ from ryzanstein_jax.memory import device_bytes, plan_memory, weight_bytes
 from ryzanstein_jax.metrics import Metrics
 from ryzanstein_jax.model.decoder import Decoder
 from ryzanstein_jax.model.params import ParamSpec, param_specs
-from ryzanstein_jax.model.quantization import quantization_config
+from ryzanstein_jax.model.quantization import Quantization, quantization_config
 from ryzanstein_jax.model.spec import ModelSpec
 from ryzanstein_jax.plan import StepPlan, StepResult
 from ryzanstein_jax.program_table import BackgroundLoader
@@ -219,7 +219,9 @@ def snapshot_model(config: EngineConfig, folder: str | Path, *, overwrite: bool 
         if files.pooling_config:
             extra.append(Path(scratch) / SNAPSHOT_POOLING)
             extra[-1].write_text(json.dumps(files.pooling_config))
-        stored = {**files.config, "quantization_config": quantization_config(spec.quantization)}
+        stored = dict(files.config)
+        if spec.quantization is not None:
+            stored["quantization_config"] = quantization_config(spec.quantization)
         return save_snapshot(folder, arrays, params, spec, sizes, config=stored, files=extra, overwrite=overwrite)
 
 
@@ -232,7 +234,9 @@ def _load(
     if files.kind == "dummy":
         arrays = dummy_params(spec, sizes, params, programs.mesh, seed=config.seed)
     else:
-        source, keep = _fastest_source(config, files, programs.dtype, spec, sizes, params)
+        source, keep = _fastest_source(
+            config, files, programs.dtype, spec.quantization, lambda it: with_recipes(it, spec, sizes, params)[0]
+        )
         arrays, load = load_params(source, spec, sizes, params, programs.mesh)
     ordered = tuple(arrays[path] for path in programs.param_paths)
     jax.block_until_ready(ordered)
@@ -251,18 +255,17 @@ def _fastest_source(
     config: EngineConfig,
     files: ModelFiles,
     dtype: np.dtype,
-    spec: ModelSpec,
-    sizes: PaddedSizes,
-    params: dict[str, ParamSpec],
+    quantization: Quantization | None = None,
+    quantized: Callable[[WeightSource], WeightSource] = lambda source: source,
 ) -> tuple[WeightSource, Callable[[], object] | None]:
     if files.kind != "gguf" or not config.weights_cache_gib:
         return open_source(files), None
     room = int(config.weights_cache_gib * 2**30)
-    converted = ConvertedWeights(cache_dir() / "weights", files.path, dtype, room, spec.quantization)
+    converted = ConvertedWeights(cache_dir() / "weights", files.path, dtype, room, quantization)
     source = converted.open()
     if source is not None:
         return source, None
-    source, _ = with_recipes(open_source(files), spec, sizes, params)
+    source = quantized(open_source(files))
     # One process writes for all of this job.
     keep = partial(converted.write, source) if jax.process_index() == 0 and converted.pays(source) else None
     return source, keep

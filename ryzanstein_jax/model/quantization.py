@@ -47,11 +47,12 @@ QUANTIZATIONS = {
 OWN_METHOD = "ryzanstein_jax"
 
 
-def quantization_config(quantization: Quantization | None) -> dict[str, object] | None:
+def quantization_config(quantization: Quantization) -> dict[str, object]:
     """What `config.json` of a snapshot says of its weights."""
-    if quantization is None:
-        return None
-    return {"quant_method": OWN_METHOD, "name": quantization.name, "roles": list(quantization.roles)}
+    return {
+        "quant_method": OWN_METHOD, "name": quantization.name, "roles": list(quantization.roles),
+        "fine": list(quantization.fine),
+    }  # fmt: skip
 
 
 def resolve_quantization(name: str | None, stated: object) -> Quantization | None:
@@ -70,10 +71,15 @@ def resolve_quantization(name: str | None, stated: object) -> Quantization | Non
 
 def _of_checkpoint(value: object) -> Quantization:
     if isinstance(value, Mapping) and value.get("quant_method") == OWN_METHOD:
-        known, roles = QUANTIZATIONS.get(str(value.get("name"))), value.get("roles")
-        if known is not None and isinstance(roles, list) and set(map(str, roles)) <= set(known.roles):
-            held = tuple(role for role in known.roles if role in roles)
-            return Quantization(known.name, held, tuple(role for role in known.fine if role in roles))
+        known = QUANTIZATIONS.get(str(value.get("name")))
+        roles, fine = value.get("roles"), value.get("fine")
+        if (
+            known is not None
+            and isinstance(roles, list)
+            and isinstance(fine, list)
+            and (set(map(str, fine)) <= set(map(str, roles)) <= set(known.roles))
+        ):
+            return Quantization(known.name, tuple(map(str, roles)), tuple(map(str, fine)))
     elif isinstance(value, Mapping) and value.get("quant_method") == "compressed-tensors":
         return _compressed_tensors(value)
     raise _unsupported(value)

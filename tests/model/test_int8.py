@@ -108,7 +108,8 @@ def test_a_checkpoint_says_what_is_int8():
     whole = QUANTIZATIONS["int8"]
     assert resolve_quantization(None, None) is None
     assert resolve_quantization("int8", None) == whole
-    assert resolve_quantization(None, quantization_config(whole)) == whole
+    for held in (whole, Quantization("int8", LINEAR), Quantization("int8", ("down",), ("down",))):
+        assert resolve_quantization(None, quantization_config(held)) == held
     assert resolve_quantization(None, W8A8) == Quantization("int8", LINEAR)
     assert resolve_quantization(None, W8A8 | {"ignore": []}) == Quantization("int8", (*LINEAR, "unembed"))
     assert resolve_quantization("int8", W8A8) == whole
@@ -120,7 +121,9 @@ def test_a_checkpoint_says_what_is_int8():
         {"quant_method": "awq", "bits": 4},
         {"quant_method": "gptq", "bits": 4},
         {"quant_method": "ryzanstein_jax", "name": "int2", "roles": []},
-        {"quant_method": "ryzanstein_jax", "name": "int8", "roles": ["router"]},
+        {"quant_method": "ryzanstein_jax", "name": "int8", "roles": ["router"], "fine": []},
+        {"quant_method": "ryzanstein_jax", "name": "int8", "roles": ["down"], "fine": ["qkv"]},
+        {"quant_method": "ryzanstein_jax", "name": "int8", "roles": ["down"], "fine": "down"},
         {"quant_method": "ryzanstein_jax", "name": "int8"},
         W8A8 | {"format": "pack-quantized"},
         W8A8 | {"ignore": ["lm_head", "model.layers.0.mlp.down_proj"]},
