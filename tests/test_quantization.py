@@ -28,14 +28,15 @@ from tests.support import (
     make_plan,
     make_programs,
     open_engine,
+    quick_compiles,
     serve,
     tokens_of,
 )
 
 INT8 = QUANTIZATIONS["int8"]
 BUCKET = Bucket(decodes=1, prefill_tokens=40, prefills=1, rows=41)
-#: Root of the mean square of what int8 changes in the logits, over that of the logits. The golden models are random and
-#: narrow: sums of few products average less out than those of a trained model (docs/quantization.md has these).
+#: Root of the mean square of what int8 changes in a token's logits, over that of the logits. The golden models are
+#: random and narrow, so less averages out than in a trained model (docs/quantization.md has one).
 TOLERANCE = 0.05
 
 
@@ -49,7 +50,8 @@ def logits(programs, family):
 
 
 def distance(got, wanted):
-    return float(np.sqrt(np.mean((got - wanted) ** 2) / np.mean(wanted**2)))
+    """Of the median token: where two experts are nearly as good as each other, rounding may choose the other one."""
+    return float(np.median(np.sqrt(np.mean((got - wanted) ** 2, axis=1) / np.mean(wanted**2, axis=1))))
 
 
 @pytest.mark.parametrize("family", ["smollm2", "phi3", "gemma2", "qwen3_moe", "olmo2"])
@@ -72,7 +74,7 @@ def test_two_all_reduces_a_layer(family, width, dtype):
     spec = golden_spec(family).replace(quantization=INT8)
     programs = make_programs(spec, width, BUCKET, dtype=dtype)
     found = collectives(programs.lower_forward(BUCKET).compile(compiler_options=QUICK))
-    assert {(one.kind, one.group_size) for one in found} == {("all-reduce", width)}
+    assert {(one.kind, one.group) for one in found} == {("all-reduce", width)}
     assert sum(one.count for one in found) == 2 * spec.num_layers + 1
     if dtype == "float32":
         assert found == [Collective("all-reduce", BUCKET.tokens * spec.hidden_size * 4, width, 2 * spec.num_layers + 1)]
@@ -111,7 +113,8 @@ def test_an_engine_runs_it_and_a_snapshot_remembers(tmp_path):
     assert open_model(EngineConfig(str(folder))).spec.quantization == INT8
     found = []
     for model, settings in ((GOLDEN / "smollm2", {"quantization": "int8"}), (folder, {})):
-        engine, executor = open_engine(model, **settings)
+        with quick_compiles():
+            engine, executor = open_engine(model, **settings)
         found.append(tokens_of(serve(engine, {"a": (prompt, greedy)})))
         assert executor.report.memory.weights == footprint(executor.spec, 1).int8_bytes
         engine.close()
