@@ -35,7 +35,7 @@ def test_quality(bench: Bench, request: pytest.FixtureRequest) -> None:
         with closing(Worker(sys.executable, MODULES[OURS])) as worker:
             worker.call(
                 "start", model=bench.settings["model"], tensor_parallel_size=bench.settings["tensor_parallel_size"],
-                max_model_len=length + 32, max_num_seqs=1, max_num_batched_tokens=length, num_pages=2 + length // 8,
+                max_model_len=length + 32, max_num_seqs=32, max_num_batched_tokens=length, num_pages=2 + length // 8,
                 enable_prefix_caching=False, **settings,
             )  # fmt: skip
             score = worker.call("score", text=text[: 4000 if smoke else None], count=count, length=length)
