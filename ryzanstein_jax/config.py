@@ -16,6 +16,7 @@ QUANTIZATIONS = ("int8",)
 CLUSTERS = ("ray",)
 #: What an embedding is made of: the hidden state of the last token, or the mean of all.
 POOLINGS = ("last", "mean")
+SHARDINGS = ("megatron", "output", "sequence")
 LOAD_FORMATS = ("auto", "safetensors", "gguf", "snapshot", "dummy")
 
 
@@ -30,6 +31,8 @@ class EngineConfig:
         revision: branch, tag or commit on the hub.
         load_format: where the weights come from; "auto" looks at the model, "dummy" draws random ones.
         tensor_parallel_size: number of devices the weights and the KV cache are sharded over.
+        sharding: how parameters and activations lie on the devices, and so what these say to each other; see
+            `sharding.RULES`.
         dtype: of weights, activations and KV cache. "auto" is the checkpoint's on an accelerator
             and float32 on a CPU, where it is the fastest.
         quantization: "int8" computes the linear layers with int8 weights (a scale for each output channel) and int8
@@ -61,6 +64,7 @@ class EngineConfig:
     revision: str | None = None
     load_format: str = "auto"
     tensor_parallel_size: int = 1
+    sharding: str = "megatron"
     dtype: str = "auto"
     quantization: str | None = None
     max_model_len: int | None = None
@@ -85,6 +89,7 @@ class EngineConfig:
         object.__setattr__(self, "model", str(self.model))
         _one_of("load_format", self.load_format, LOAD_FORMATS)
         _one_of("dtype", self.dtype, DTYPES)
+        _one_of("sharding", self.sharding, SHARDINGS)
         if self.quantization is not None:
             _one_of("quantization", self.quantization, QUANTIZATIONS)
         _integer("tensor_parallel_size", self.tensor_parallel_size, 1, 4096)

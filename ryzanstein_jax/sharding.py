@@ -17,12 +17,18 @@ from ryzanstein_jax.errors import ConfigError
 from ryzanstein_jax.model.sizes import HeadLayout as HeadLayout
 from ryzanstein_jax.model.sizes import PaddedSizes as PaddedSizes
 
+Rules = dict[str, str | None]
+
 #: Logical axis -> mesh axis. Megatron's pair: q/k/v/gate/up shard their output dimension (`kv_slots`,
-#: `ffn`), o/down their input dimension (the same axes), so each pair needs one all-reduce.
-MEGATRON_RULES: dict[str, str | None] = {
+#: `ffn`), o/down their input dimension (`row_kv_slots`, `row_ffn`), so each pair needs one all-reduce.
+MEGATRON_RULES: Rules = {
     "vocab": "tp",
     "kv_slots": "tp",
     "ffn": "tp",
+    "row_kv_slots": "tp",
+    "row_ffn": "tp",
+    "row_embed": None,
+    "tokens": None,
     "experts": "tp",
     "expert_ffn": None,
     "gate_up": None,
@@ -31,6 +37,20 @@ MEGATRON_RULES: dict[str, str | None] = {
     "head_dim": None,
     "pages": None,
     "page": None,
+}
+
+#: The ways to shard, by name.
+#:
+#: "megatron": two all-reduces of the hidden states a layer.
+#: "output": o and down shard their output dimension too. Their inputs are gathered before them and their results after
+#: them: four all-gathers a layer, and no sum over devices. Experts stay as they are.
+#: "sequence": as "megatron", but between the pairs each device keeps the hidden states of its share of the tokens, so
+#: that norms and sums are not computed by all: each all-reduce becomes a reduce-scatter and an all-gather
+#: (Korthikanti et al., 2022). A step whose tokens do not divide by the devices goes as with "megatron".
+RULES: dict[str, Rules] = {
+    "megatron": MEGATRON_RULES,
+    "output": MEGATRON_RULES | {"row_kv_slots": None, "row_ffn": None, "row_embed": "tp"},
+    "sequence": MEGATRON_RULES | {"tokens": "tp"},
 }
 
 
@@ -49,7 +69,7 @@ def make_mesh(tensor_parallel_size: int, devices: list[jax.Device] | None = None
     return Mesh(np.array(devices[:tensor_parallel_size]), ("tp",), axis_types=(AxisType.Auto,))
 
 
-def partition_spec(axes: tuple[str | None, ...], rules: dict[str, str | None] = MEGATRON_RULES) -> PartitionSpec:
+def partition_spec(axes: tuple[str | None, ...], rules: Rules = MEGATRON_RULES) -> PartitionSpec:
     """The PartitionSpec of an array with these logical axes.
 
     Raises:
@@ -63,9 +83,7 @@ def partition_spec(axes: tuple[str | None, ...], rules: dict[str, str | None] = 
     return PartitionSpec(*mesh_axes)
 
 
-def named_sharding(
-    mesh: Mesh, axes: tuple[str | None, ...], rules: dict[str, str | None] = MEGATRON_RULES
-) -> NamedSharding:
+def named_sharding(mesh: Mesh, axes: tuple[str | None, ...], rules: Rules = MEGATRON_RULES) -> NamedSharding:
     """The NamedSharding over `mesh` of an array with these logical axes."""
     return NamedSharding(mesh, partition_spec(axes, rules))
 

@@ -35,7 +35,7 @@ from ryzanstein_jax.plan import StepPlan
 from ryzanstein_jax.pooling import pool
 from ryzanstein_jax.program_table import ProgramTable
 from ryzanstein_jax.sampling import Bias, FullRows, Rows, SampleResult, full_sample, sample
-from ryzanstein_jax.sharding import MEGATRON_RULES, PaddedSizes, named_sharding
+from ryzanstein_jax.sharding import RULES, PaddedSizes, named_sharding
 
 Params = tuple[jax.Array, ...]
 
@@ -77,7 +77,6 @@ class StepPrograms:
         spec, sizes, dtype: the model as `Decoder` takes them.
         mesh: the devices.
         shapes: sizes of steps and cache.
-        rules: logical axis -> mesh axis.
         metrics: counts programs (`compiles`), and those of them that the store had (`executables_loaded`).
         store: keeps compiled programs for the next start; None keeps none.
 
@@ -93,12 +92,11 @@ class StepPrograms:
         mesh: Mesh,
         shapes: StepShapes,
         *,
-        rules: dict[str, str | None] = MEGATRON_RULES,
         metrics: Metrics | None = None,
         store: ExecutableStore | None = None,
     ):
         self.spec, self.sizes, self.dtype, self.mesh, self.shapes = spec, sizes, jnp.dtype(dtype), mesh, shapes
-        self.rules = rules
+        rules = self.rules = RULES[sizes.sharding]
         self.metrics = metrics if metrics is not None else Metrics()
         self.store, self.prefers_loaded = store, False
         self._environment = environment_of(mesh) if store is not None else {}

@@ -63,9 +63,10 @@ def make_programs(
     page_size: int = 4,
     table_width: int = 16,
     dtype: str = "float32",
+    sharding: str = "megatron",
 ) -> StepPrograms:
     shapes = StepShapes(buckets, num_pages, page_size, table_width, num_logprobs=5, max_bias=64)
-    return StepPrograms(spec, PaddedSizes.of(spec, width), jnp.dtype(dtype), make_mesh(width), shapes)
+    return StepPrograms(spec, PaddedSizes.of(spec, width, sharding), jnp.dtype(dtype), make_mesh(width), shapes)
 
 
 def load(programs: StepPrograms, model: Path) -> Params:

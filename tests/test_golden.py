@@ -29,7 +29,7 @@ from tests.support import (
 TOLERANCE = 1e-4
 PAGE_SIZE, NUM_PAGES = 4, 64
 #: One bucket for a whole script: a second program would double what this file costs.
-BUCKET = Bucket(decodes=3, prefill_tokens=40, prefills=4, rows=43)
+BUCKET = Bucket(decodes=4, prefill_tokens=40, prefills=4, rows=44)
 
 #: A script of steps. Sequences "a", "b" and "c" are the golden one, "x" is noise; "c" begins with pages of "a".
 #: Each step: which sequences decode a token, and whose prompt gets how many. Pages hold 4 tokens, tiles and
@@ -47,10 +47,23 @@ DECODES = ["abc", "cb", "a", "cba", "bxa"]
 SHARED = 12  # tokens of "c" that were found in the prefix cache
 
 
-def programs_of(family: str, width: int) -> StepPrograms:
+def programs_of(family: str, width: int, sharding: str = "megatron") -> StepPrograms:
     return make_programs(
-        golden_spec(family), width, BUCKET, num_pages=NUM_PAGES, page_size=PAGE_SIZE, table_width=56 // PAGE_SIZE
-    )
+        golden_spec(family), width, BUCKET,
+        num_pages=NUM_PAGES, page_size=PAGE_SIZE, table_width=56 // PAGE_SIZE, sharding=sharding,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "width", "sharding"),
+    [("smollm2", 2, "output"), ("gemma2", 4, "output"), ("mixtral", 2, "output"), ("qwen2", 4, "sequence"),
+     ("gemma2", 2, "sequence"), ("mixtral", 4, "sequence")],
+)  # fmt: skip
+def test_other_shardings_compute_the_same(family: str, width: int, sharding: str) -> None:
+    programs = programs_of(family, width, sharding)
+    assert BUCKET.tokens % width == 0, "else sequence is megatron"
+    with small_blocks(8, 8):
+        run_script(family, Forward(programs, load(programs, GOLDEN / family)))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

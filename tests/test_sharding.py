@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 
 import jax
@@ -28,6 +29,8 @@ from tests.support import FAMILIES, GOLDEN, QUICK, golden_spec, load, make_progr
 
 #: Sizes that give no activation as many values as a kernel or a page array has: copies are told apart by that.
 BUCKET = Bucket(decodes=2, prefill_tokens=17, prefills=2, rows=6)
+#: The same for shardings that divide the tokens.
+EVEN = Bucket(decodes=2, prefill_tokens=22, prefills=2, rows=6)
 
 
 @given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 16))
@@ -97,10 +100,13 @@ def test_parameters_lie_as_the_rules_say(family):
             assert sharded == [], path
 
 
-def compiled_forward(family: str, width: int) -> tuple[StepPrograms, jax.stages.Compiled]:
+def compiled_forward(family: str, width: int, sharding: str = "megatron") -> tuple[StepPrograms, jax.stages.Compiled]:
+    bucket = BUCKET if sharding == "megatron" else EVEN
     # Pages enough that one layer's cache is far larger than all else in the program.
-    programs = make_programs(golden_spec(family), width, BUCKET, num_pages=4096, page_size=16)
-    return programs, programs.lower_forward(BUCKET).compile(compiler_options=QUICK)
+    programs = make_programs(golden_spec(family), width, bucket, num_pages=4096, page_size=16, sharding=sharding)
+    compiled = programs.lower_forward(bucket).compile(compiler_options=QUICK)
+    check_no_copies(programs, compiled)
+    return programs, compiled
 
 
 @pytest.mark.parametrize(
@@ -115,13 +121,58 @@ def test_two_all_reduces_a_layer(family, width):
     if spec.qk_norm == "all":  # OLMo-2: the sums of squares of q and k together, one number per token each
         expected.append(Collective("all-reduce", 2 * BUCKET.tokens * 4, width, spec.num_layers))
     assert sorted(collectives(compiled), key=str) == sorted(expected, key=str)
-    check_no_copies(programs, compiled)
+
+
+@pytest.mark.parametrize(("family", "width"), [("llama", 4), ("gemma2", 2)])
+def test_every_projection_sharded_by_output_gathers_four_times_a_layer(family, width):
+    """The inputs of the two row products, and their results; only the embedding is still a sum over devices."""
+    _, compiled = compiled_forward(family, width, "output")
+    spec = golden_spec(family)
+    sizes = PaddedSizes.of(spec, width)
+    heads = sizes.heads.num_slots * sizes.heads.queries_per_slot * spec.head_dim
+    expected: Counter[tuple[str, int]] = Counter({("all-reduce", spec.hidden_size): 1})
+    expected["all-gather", spec.hidden_size] += 2 * spec.num_layers
+    expected["all-gather", heads] += spec.num_layers
+    expected["all-gather", sizes.ffn] += spec.num_layers
+    assert found_by_size(compiled) == expected
+
+
+@pytest.mark.parametrize(("family", "width"), [("llama", 4), ("gemma2", 2)])
+def test_token_shards_between_the_pairs_scatter_and_gather_twice_a_layer(family, width):
+    _, compiled = compiled_forward(family, width, "sequence")
+    spec = golden_spec(family)
+    assert found_by_size(compiled) == {
+        # After the embedding and after each pair.
+        ("reduce-scatter", spec.hidden_size // width): 2 * spec.num_layers + 1,
+        # Before each pair and before the logits.
+        ("all-gather", spec.hidden_size): 2 * spec.num_layers + 1,
+    }
+
+
+def test_tokens_that_do_not_divide_stay_whole():
+    odd = replace(EVEN, prefill_tokens=EVEN.prefill_tokens + 1)
+    programs = make_programs(golden_spec("llama"), 2, odd, sharding="sequence")
+    found = collectives(programs.lower_forward(odd).compile(compiler_options=QUICK))
+    assert {collective.kind for collective in found} == {"all-reduce"}
+
+
+def test_a_hidden_size_that_does_not_divide_is_refused():
+    with pytest.raises(ConfigError, match=r"sharding='output'.*hidden size 48 does not divide by 5; use megatron"):
+        PaddedSizes.of(golden_spec("llama"), 5, "output")
+
+
+def found_by_size(compiled: jax.stages.Compiled) -> Counter[tuple[str, int]]:
+    """Collectives by kind and float32 values for each token."""
+    found: Counter[tuple[str, int]] = Counter()
+    for collective in collectives(compiled):
+        assert collective.bytes % (4 * EVEN.tokens) == 0
+        found[collective.kind, collective.bytes // (4 * EVEN.tokens)] += collective.count
+    return found
 
 
 def test_no_communication_on_one_device():
-    programs, compiled = compiled_forward("llama", 1)
+    _, compiled = compiled_forward("llama", 1)
     assert collectives(compiled) == []
-    check_no_copies(programs, compiled)
 
 
 def check_no_copies(programs: StepPrograms, compiled: jax.stages.Compiled) -> None:

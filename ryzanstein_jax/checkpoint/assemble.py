@@ -20,7 +20,7 @@ from ryzanstein_jax.checkpoint.recipe import Part, Recipes, make_recipes
 from ryzanstein_jax.checkpoint.source import Box, WeightSource, extents, slices, volume
 from ryzanstein_jax.model.params import ParamSpec
 from ryzanstein_jax.model.spec import ModelSpec
-from ryzanstein_jax.sharding import MEGATRON_RULES, PaddedSizes, named_sharding
+from ryzanstein_jax.sharding import RULES, PaddedSizes, named_sharding
 
 #: JAX takes a host buffer with this alignment as a CPU array without another copy.
 _ALIGNMENT = 64
@@ -53,7 +53,6 @@ def load_params(
     sizes: PaddedSizes,
     params: Mapping[str, ParamSpec],
     mesh: Mesh,
-    rules: dict[str, str | None] = MEGATRON_RULES,
 ) -> tuple[dict[str, jax.Array], LoadReport]:
     """Loads every parameter, sharded over the mesh; a few at a time, so that little more is held.
 
@@ -62,8 +61,7 @@ def load_params(
         spec: the model.
         sizes: its sizes, padded for the mesh.
         params: path -> shape, dtype and axes, of the module built for `sizes`.
-        mesh: with the axis names of `rules`.
-        rules: logical axis -> mesh axis.
+        mesh: with the axis names of the rules that `sizes` names.
 
     Returns:
         Path -> array, in the order of `params`, and what it cost.
@@ -85,7 +83,7 @@ def load_params(
                 read[0] += count
                 return array
 
-            sharding = named_sharding(mesh, param.axes, rules)
+            sharding = named_sharding(mesh, param.axes, RULES[sizes.sharding])
             # Waiting for the copy bounds what the host holds to one parameter for each thread.
             array = jax.block_until_ready(jax.make_array_from_callback(param.shape, sharding, fill))
             for tensor in {part.tensor for part in parts}:

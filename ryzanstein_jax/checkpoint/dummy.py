@@ -15,7 +15,7 @@ from ryzanstein_jax.checkpoint.layout import Layout, layout_of
 from ryzanstein_jax.checkpoint.quantize import LARGEST, SCALE
 from ryzanstein_jax.model.params import ParamSpec
 from ryzanstein_jax.model.spec import ModelSpec
-from ryzanstein_jax.sharding import MEGATRON_RULES, PaddedSizes, named_sharding
+from ryzanstein_jax.sharding import RULES, PaddedSizes, named_sharding
 
 #: Axes that a product sums over, by the end of a parameter's path; the others sum over the last one.
 _INPUT_DIMS = {"out.kernel": 3}
@@ -26,7 +26,6 @@ def dummy_params(
     sizes: PaddedSizes,
     params: Mapping[str, ParamSpec],
     mesh: Mesh,
-    rules: dict[str, str | None] = MEGATRON_RULES,
     seed: int = 0,
 ) -> dict[str, jax.Array]:
     """Path -> random array, sharded over the mesh.
@@ -39,7 +38,7 @@ def dummy_params(
     arrays = {}
     for path, param in params.items():
         layout = layout_of(path, param, spec, sizes)
-        sharding = named_sharding(mesh, param.axes, rules)
+        sharding = named_sharding(mesh, param.axes, RULES[sizes.sharding])
         leaf = path.rsplit(".", 1)[-1]
         fan_in = math.prod(layout.canonical[-_INPUT_DIMS.get(".".join(path.split(".")[-2:]), 1) :])
         if path.endswith(SCALE):

@@ -85,6 +85,8 @@ def layout_of(path: str, param: ParamSpec, spec: ModelSpec, sizes: PaddedSizes) 
     Raises:
         WeightsError: its shape fits neither the model nor its padding: a mistake of the module.
     """
+    # A row-parallel kernel names its input as a column-parallel one does its output: they are one pair.
+    axes = tuple(axis and axis.removeprefix("row_") for axis in param.axes)
     heads = sizes.heads
     group = spec.queries_per_kv_head
     real = {
@@ -93,16 +95,16 @@ def layout_of(path: str, param: ParamSpec, spec: ModelSpec, sizes: PaddedSizes) 
         "experts": spec.moe.num_experts if spec.moe else 0,
         "kv_slots": spec.num_kv_heads,
     }
-    if "kv_slots" not in param.axes:
-        canonical = tuple(real.get(axis or "", size) for axis, size in zip(param.axes, param.shape, strict=True))
+    if "kv_slots" not in axes:
+        canonical = tuple(real.get(axis or "", size) for axis, size in zip(axes, param.shape, strict=True))
         if any(have < need for have, need in zip(param.shape, canonical, strict=True)):
             raise WeightsError("the parameter is too small", tensor=path, expected=canonical, found=param.shape)
         return Layout(param.shape, canonical)
 
-    axis = param.axes.index("kv_slots")
+    axis = axes.index("kv_slots")
     dims: tuple[int, ...]
     kv_heads = np.array(heads.kv_heads, np.int32)
-    if "heads_per_slot" not in param.axes:
+    if "heads_per_slot" not in axes:
         cells, dims = kv_heads, (spec.num_kv_heads,)
     else:
         queries = np.array(heads.query_heads, np.int32).reshape(heads.num_slots, heads.queries_per_slot)

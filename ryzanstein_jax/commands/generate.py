@@ -23,6 +23,7 @@ from ryzanstein_jax.commands.options import (
     ProfileSteps,
     Quantize,
     Seed,
+    Sharding,
     Temperature,
     TopP,
     Width,
@@ -47,6 +48,7 @@ def generate(
     seed: Seed = None,
     as_json: Annotated[bool, typer.Option("--json", help="A JSON object on each line.")] = False,
     tp: Width = 1,
+    sharding: Sharding = "megatron",
     dtype: Dtype = "auto",
     quantization: Quantize = None,
     max_model_len: MaxLen = None,
@@ -70,7 +72,7 @@ def generate(
     settings = engine_settings(
         tp, dtype, max_model_len, memory_fraction, load_format=load_format, max_num_seqs=seqs, quantization=quantization
     )
-    settings |= profile_settings(profile, profile_steps)
+    settings |= {"sharding": sharding, **profile_settings(profile, profile_steps)}
     with LLM(model, executor=executor, orchestrator=parse_options(orchestrator), **settings) as llm:
         params = chosen_params(llm, max_tokens, temperature=temperature, top_p=top_p, seed=seed)
         for output in llm.generate(prompts, params):

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ryzanstein_jax.config import DTYPES, LOAD_FORMATS, QUANTIZATIONS
+from ryzanstein_jax.config import DTYPES, LOAD_FORMATS, QUANTIZATIONS, SHARDINGS
 from ryzanstein_jax.llm import LLM
 from ryzanstein_jax.request import SamplingParams
 
@@ -17,6 +17,9 @@ Dtype = Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")]
 Quantize = Annotated[
     str | None,
     typer.Option("--quantization", help=f"One of {', '.join(QUANTIZATIONS)}; as the checkpoint is if not given."),
+]
+Sharding = Annotated[
+    str, typer.Option(help=f"What the devices say to each other: {', '.join(SHARDINGS)}. See docs/sharding.md.")
 ]
 Executor = Annotated[
     str,

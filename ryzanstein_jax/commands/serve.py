@@ -20,6 +20,7 @@ from ryzanstein_jax.commands.options import (
     Profile,
     ProfileSteps,
     Quantize,
+    Sharding,
     Width,
     engine_settings,
     profile_settings,
@@ -51,6 +52,7 @@ def serve(
     ] = None,
     tokenizer: Annotated[str | None, typer.Option(help="Folder or id, where the model brings none.")] = None,
     tp: Width = 1,
+    sharding: Sharding = "megatron",
     dtype: Dtype = "auto",
     quantization: Quantize = None,
     max_model_len: MaxLen = None,
@@ -93,7 +95,7 @@ def serve(
         "quantization": quantization,
     }
     settings |= {name: value for name, value in given.items() if value is not None}
-    settings |= profile_settings(profile, profile_steps)
+    settings |= {"sharding": sharding, **profile_settings(profile, profile_steps)}
     make_config(model, settings)  # refuses what is wrong before anything listens
     # A path says more about this machine than clients need to know.
     name = served_model_name or (Path(model).stem if Path(model).exists() else model)

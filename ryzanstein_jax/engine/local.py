@@ -89,7 +89,7 @@ class LocalExecutor:
         self.metrics = Metrics()
         self.spec, self.mesh = spec, mesh
         dtype = resolve_dtype(config.dtype, spec.dtype, device.platform)
-        sizes = PaddedSizes.of(spec, config.tensor_parallel_size)
+        sizes = PaddedSizes.of(spec, config.tensor_parallel_size, config.sharding)
         max_model_len = config.max_model_len or spec.max_position_embeddings
 
         began = time.perf_counter()

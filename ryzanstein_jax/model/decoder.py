@@ -23,6 +23,7 @@ from ryzanstein_jax.model.layers import (
     RowParallelLinear,
     VocabParallelEmbedding,
     apply_rope,
+    replicate,
     rope_tables,
 )
 from ryzanstein_jax.model.spec import LayerSpec, ModelSpec
@@ -52,6 +53,7 @@ class Attention(nnx.Module):
             dtype=dtype,
             bias=spec.out_bias,
             digits=spec.digits.get("out", 0),
+            sharding=sizes.sharding,
         )
         self.q_norm, self.k_norm = _qk_norms(spec, sizes, dtype)
         self.scale, self.softcap, self.window = spec.attention_scale, spec.attention_softcap, layer.window
@@ -120,21 +122,33 @@ class DecoderLayer(nnx.Module):
         if layer.moe:
             assert spec.moe is not None
             self.mlp = MoeMlp(
-                spec.hidden_size, spec.moe, sizes.experts, spec.activation, dtype=dtype, digits=spec.digits
+                spec.hidden_size,
+                spec.moe,
+                sizes.experts,
+                spec.activation,
+                dtype=dtype,
+                digits=spec.digits,
+                sharding=sizes.sharding,
             )
         else:
             self.mlp = Mlp(
-                spec.hidden_size, sizes.ffn, spec.activation, dtype=dtype, bias=spec.mlp_bias, digits=spec.digits
+                spec.hidden_size,
+                sizes.ffn,
+                spec.activation,
+                dtype=dtype,
+                bias=spec.mlp_bias,
+                digits=spec.digits,
+                sharding=sizes.sharding,
             )
 
     def __call__(
         self, x_TD: jax.Array, keys: jax.Array, values: jax.Array, plan: AttentionPlan, rope: Rope
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         with jax.named_scope("attention"):
-            y_TD, keys, values = self.attention(_apply(self.attention_norm, x_TD), keys, values, plan, rope)
+            y_TD, keys, values = self.attention(replicate(_apply(self.attention_norm, x_TD)), keys, values, plan, rope)
             x_TD = x_TD + _apply(self.attention_post_norm, y_TD)
         with jax.named_scope("mlp"):
-            x_TD = x_TD + _apply(self.mlp_post_norm, self.mlp(_apply(self.mlp_norm, x_TD)))
+            x_TD = x_TD + _apply(self.mlp_post_norm, self.mlp(replicate(_apply(self.mlp_norm, x_TD))))
         return x_TD, keys, values
 
 
@@ -150,7 +164,9 @@ class Decoder(nnx.Module):
     def __init__(self, spec: ModelSpec, sizes: PaddedSizes, dtype: jnp.dtype):
         def table(role: str) -> VocabParallelEmbedding:
             digits = spec.digits.get(role, 0)
-            return VocabParallelEmbedding(sizes.vocab, spec.hidden_size, dtype=dtype, digits=digits)
+            return VocabParallelEmbedding(
+                sizes.vocab, spec.hidden_size, dtype=dtype, digits=digits, sharding=sizes.sharding
+            )
 
         self.embedding = table("embedding")
         self.layers = nnx.List([DecoderLayer(spec, layer, sizes, dtype) for layer in spec.layers])
@@ -189,7 +205,7 @@ class Decoder(nnx.Module):
         page_size = cache.tokens.shape[1]
         slots_T = plan.slots_T
         tokens = cache.tokens.at[slots_T // page_size, slots_T % page_size].set(tokens_T)
-        return self.final_norm(x_TD), KVCache(tuple(keys), tuple(values), tokens)
+        return replicate(self.final_norm(x_TD)), KVCache(tuple(keys), tuple(values), tokens)
 
     def logits(self, x_RD: jax.Array) -> jax.Array:
         """Logits float32 [R, V], sharded over V, of hidden states [R, D]."""

@@ -108,11 +108,12 @@ class ColumnParallelLinear(nnx.Module):
 
 
 class RowParallelLinear(nnx.Module):
-    """y = x W^T + b, sharded over an input dimension: XLA follows it with an all-reduce.
+    """y = x W^T + b, the second product of a pair, whose input lies sharded over its first dimension.
 
-    The input may have several dimensions; `axes` names them, and the first of them is the sharded one. Where the
-    kernel is int8, each device scales its own part of every token: that needs no further collective, and rounds a
-    little otherwise at each width.
+    The input may have several dimensions; `axes` names them. Where the kernel shards that dimension too, XLA adds up
+    what the devices have; where it shards its output instead, the input is gathered before and the output after. Where
+    the kernel is int8, each device scales its own part of every token: that needs no further collective, and rounds
+    a little otherwise at each width.
     """
 
     def __init__(
@@ -124,18 +125,25 @@ class RowParallelLinear(nnx.Module):
         dtype: jnp.dtype,
         bias: bool = False,
         digits: int = 0,
+        sharding: str = "megatron",
     ):
-        shape, kernel_axes = (out_features, *in_shape), ("embed", *axes)
+        shape, kernel_axes = (out_features, *in_shape), ("row_embed", f"row_{axes[0]}", *axes[1:])
         self.kernel, self.kernel_scale = kernel_params(shape, kernel_axes, len(in_shape), dtype, digits)
-        self.digits = digits
+        self.digits, self.sharding = digits, sharding
         self.bias = param((out_features,), ("embed",), dtype) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.kernel[...]
-        if self.kernel_scale is None:
-            y_TD = replicate(product(x.reshape(x.shape[0], -1), kernel.reshape(kernel.shape[0], -1)))
+        if self.sharding == "output":
+            x = replicate(x)
+        scatter = has_token_shards(self.sharding, x)
+        if self.kernel_scale is not None:
+            parts = (x, 1), (kernel, 1), (self.kernel_scale[...], None)
+            y_TD = _summed_over_shards(self._int8_product, *parts, scatter=scatter)
+        elif scatter:
+            y_TD = _summed_over_shards(_row_product, (x, 1), (kernel, 1), scatter=True)
         else:
-            y_TD = _summed_over_shards(self._int8_product, (x, 1), (kernel, 1), (self.kernel_scale[...], None))
+            y_TD = replicate(_row_product(x, kernel))
         return y_TD if self.bias is None else y_TD + self.bias[...]
 
     def _int8_product(self, x: jax.Array, kernel: jax.Array, scale_D: jax.Array) -> jax.Array:
@@ -143,47 +151,64 @@ class RowParallelLinear(nnx.Module):
         return int8.product(x_TI, kernel_DI, scale_D, self.digits).astype(x.dtype)
 
 
+def _row_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return product(x.reshape(x.shape[0], -1), kernel.reshape(kernel.shape[0], -1))
+
+
 def replicate(x: jax.Array) -> jax.Array:
-    """Asks for `x` whole on each device: after a row-parallel product this is its all-reduce."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    """Asks for `x` whole on each device: after a row-parallel product this is its all-reduce or all-gather."""
+    if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec())
 
 
-def _summed_over_shards(function: Callable[..., jax.Array], *arguments: tuple[jax.Array, int | None]) -> jax.Array:
-    """The sum of what `function` gives for each device's part of the arguments, on all devices: one all-reduce.
+def has_token_shards(sharding: str, x: jax.Array) -> bool:
+    """Whether each device keeps its share of these tokens between the pairs; else all keep all."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return sharding == "sequence" and not mesh.empty and x.shape[0] % mesh.shape["tp"] == 0
+
+
+def _summed_over_shards(
+    function: Callable[..., jax.Array], *arguments: tuple[jax.Array, int | None], scatter: bool = False
+) -> jax.Array:
+    """The sum of what `function` gives for each device's part of the arguments, by one all-reduce.
 
     Args:
         function: of parts of the arrays.
         arguments: each array with the dimension that is sharded, or None.
+        scatter: each device gets its part of the sum only, cut along the first dimension, by one reduce-scatter.
     """
     arrays = [array for array, _ in arguments]
     if jax.sharding.get_abstract_mesh().empty:
         return function(*arrays)
     specs = tuple(PartitionSpec() if dim is None else PartitionSpec(*[None] * dim, "tp") for _, dim in arguments)
-    summed = jax.shard_map(
-        lambda *parts: jax.lax.psum(function(*parts), "tp"), in_specs=specs, out_specs=PartitionSpec(), check_vma=False
-    )
-    return summed(*arrays)
+
+    def summed(*parts: jax.Array) -> jax.Array:
+        part = function(*parts)
+        return jax.lax.psum_scatter(part, "tp", tiled=True) if scatter else jax.lax.psum(part, "tp")
+
+    out_specs = PartitionSpec("tp") if scatter else PartitionSpec()
+    return jax.shard_map(summed, in_specs=specs, out_specs=out_specs, check_vma=False)(*arrays)
 
 
 class VocabParallelEmbedding(nnx.Module):
     """Token embedding, and the output projection too where the two are tied; sharded over the vocabulary."""
 
-    def __init__(self, vocab_size: int, features: int, *, dtype: jnp.dtype, digits: int = 0):
+    def __init__(
+        self, vocab_size: int, features: int, *, dtype: jnp.dtype, digits: int = 0, sharding: str = "megatron"
+    ):
         shape = (vocab_size, features)
         self.table, self.table_scale = kernel_params(shape, ("vocab", "embed"), 1, dtype, digits)
-        self.dtype, self.digits = dtype, digits
+        self.dtype, self.digits, self.sharding = dtype, digits, sharding
 
     def __call__(self, tokens_T: jax.Array) -> jax.Array:
-        """[T, D], whole on each device. Ids out of the table are moved to its nearest row."""
+        """[T, D]. Ids out of the table are moved to its nearest row."""
         # Stated by hand: of a single token XLA's GPU partitioner makes a slice, and gathers the whole table for it.
         tokens_T = jnp.clip(tokens_T, 0, self.table[...].shape[0] - 1)
         arguments: list[tuple[jax.Array, int | None]] = [(tokens_T, None), (self.table[...], 0)]
         if self.table_scale is not None:
             arguments.append((self.table_scale[...], 0))
-        return _summed_over_shards(self._rows, *arguments)
+        return _summed_over_shards(self._rows, *arguments, scatter=has_token_shards(self.sharding, tokens_T))
 
     def _rows(self, tokens_T: jax.Array, table_VD: jax.Array, scale_V: jax.Array | None = None) -> jax.Array:
         """The rows of these tokens that this device's part of the table holds, and zeros for the others."""
@@ -272,11 +297,14 @@ class Mlp(nnx.Module):
         dtype: jnp.dtype,
         bias: bool = False,
         digits: Mapping[str, int] = MappingProxyType({}),
+        sharding: str = "megatron",
     ):
         self.gate_up = ColumnParallelLinear(
             embed, (ffn, 2), ("ffn", "gate_up"), dtype=dtype, bias=bias, digits=digits.get("gate_up", 0)
         )
-        self.down = RowParallelLinear((ffn,), embed, ("ffn",), dtype=dtype, bias=bias, digits=digits.get("down", 0))
+        self.down = RowParallelLinear(
+            (ffn,), embed, ("ffn",), dtype=dtype, bias=bias, digits=digits.get("down", 0), sharding=sharding
+        )
         self.act = act
 
     def __call__(self, x_TD: jax.Array) -> jax.Array:
@@ -294,7 +322,7 @@ class MoeMlp(nnx.Module):
 
     def __init__(
         self, embed: int, spec: MoeSpec, num_experts_padded: int, act: str, *, dtype: jnp.dtype,
-        digits: Mapping[str, int] = MappingProxyType({}),
+        digits: Mapping[str, int] = MappingProxyType({}), sharding: str = "megatron",
     ):  # fmt: skip
         e, f = num_experts_padded, spec.intermediate_size
         self.router = param((spec.num_experts, embed), (None, "embed"), dtype)
@@ -305,6 +333,7 @@ class MoeMlp(nnx.Module):
             (e, embed, f), ("experts", "embed", "expert_ffn"), 1, dtype, digits.get("down", 0)
         )
         self.spec, self.act, self.num_experts_padded, self.digits = spec, act, e, tuple(digits.items())
+        self.sharding = sharding
 
     def routing(self, x_TD: jax.Array) -> jax.Array:
         """float32 [T, E]: each token's weight for each expert, zero for those it is not routed to."""
@@ -320,7 +349,10 @@ class MoeMlp(nnx.Module):
         weights_TE = self.routing(x_TD).astype(x_TD.dtype)
         y_ET2F = self._gate_up(x_TD)
         z_ETF = activation(self.act)(y_ET2F[:, :, 0]) * y_ET2F[:, :, 1]
-        return replicate(jnp.sum(self._down(z_ETF * weights_TE.T[:, :, None]), axis=0))
+        y_TD = jnp.sum(self._down(z_ETF * weights_TE.T[:, :, None]), axis=0)
+        if has_token_shards(self.sharding, y_TD):
+            return jax.lax.with_sharding_constraint(replicate(y_TD), PartitionSpec("tp"))
+        return replicate(y_TD)
 
     def _gate_up(self, x_TD: jax.Array) -> jax.Array:
         gate_up = self.gate_up[...]

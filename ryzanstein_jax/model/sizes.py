@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+from ryzanstein_jax.errors import ConfigError
 from ryzanstein_jax.model.spec import ModelSpec
 
 
@@ -61,16 +62,30 @@ class HeadLayout:
 
 @dataclass(frozen=True)
 class PaddedSizes:
-    """Sizes of a model's arrays once padded for a mesh width."""
+    """How a model lies on a mesh: the sizes of its arrays, padded for the width, and the name of the rules.
+
+    Attributes:
+        width: devices.
+        sharding: key of `sharding.RULES`.
+    """
 
     width: int
     heads: HeadLayout
     vocab: int
     ffn: int
     experts: int
+    sharding: str = "megatron"
 
     @classmethod
-    def of(cls, spec: ModelSpec, width: int) -> PaddedSizes:
+    def of(cls, spec: ModelSpec, width: int, sharding: str = "megatron") -> PaddedSizes:
+        """Raises ConfigError where the rules can't cut this model so."""
+        if sharding == "output" and spec.hidden_size % width:
+            remedy = f"the hidden size {spec.hidden_size} does not divide by {width}; use megatron"
+            raise ConfigError("sharding", sharding, remedy)
+
+        if sharding == "output" and spec.quantization is not None:
+            raise ConfigError("sharding", sharding, "a quantized model takes megatron or sequence")
+
         def pad(size: int) -> int:
             return -(-size // width) * width
 
@@ -80,6 +95,7 @@ class PaddedSizes:
             vocab=pad(spec.vocab_size),
             ffn=pad(spec.intermediate_size),
             experts=pad(spec.moe.num_experts) if spec.moe else 0,
+            sharding=sharding,
         )
 
     def parameters_per_device(self, spec: ModelSpec) -> int:

@@ -130,12 +130,12 @@ class ResourceAllocator:
         widest = min(survivors, self.config.tensor_parallel_size)
         if widest < max(1, least):
             raise self._too_few(max(1, least), survivors)
-        refusal: MemoryBudgetError | None = None
+        refusal: ConfigError | MemoryBudgetError | None = None
         # Not simply the first that fits or fails: padding can make a narrower mesh need less.
         for width in range(widest, max(1, least) - 1, -1):
             try:
                 return self._place(width)
-            except MemoryBudgetError as error:
+            except (ConfigError, MemoryBudgetError) as error:  # the former where the sharding has no such width
                 refusal = refusal or error
         tried = f"no width from {max(1, least)} to {widest} fits" if widest > least else f"width {widest} does not fit"
         raise MemoryBudgetError(f"{tried}; at {widest}: {refusal}")
@@ -167,7 +167,7 @@ class ResourceAllocator:
     def weight_bytes(self, width: int, platform: str) -> int:
         """Bytes of the parameters on one device of a mesh."""
         dtype = resolve_dtype(self.config.dtype, self.spec.dtype, platform)
-        return PaddedSizes.of(self.spec, width).weight_bytes_per_device(self.spec, dtype.itemsize)
+        return PaddedSizes.of(self.spec, width, self.config.sharding).weight_bytes_per_device(self.spec, dtype.itemsize)
 
     def _place(self, width: int) -> Placement:
         if type(width) is not int or not 1 <= width <= self.config.tensor_parallel_size:
@@ -214,7 +214,7 @@ class ResourceAllocator:
         planned = partial(
             plan_memory,
             spec=self.spec,
-            sizes=PaddedSizes.of(self.spec, width),
+            sizes=PaddedSizes.of(self.spec, width, self.config.sharding),
             dtype=resolve_dtype(self.config.dtype, self.spec.dtype, platform),
             total=memory_bytes,
             memory_fraction=resolve_fraction(self.config.memory_fraction, platform),
