@@ -61,7 +61,7 @@ _IRRELEVANT = (
 _NOT_IN_PROGRAMS = {
     "checkpoint", "engine", "orchestrator", "server", "__init__.py", "__main__.py", "async_llm.py", "cache.py",
     "cli.py", "collectives", "commands", "communication.py", "config.py", "demo.py", "doctor", "errors.py", "llm.py",
-    "machine.py", "metrics.py", "nccl.py", "planner.py", "progress.py", "request.py", "start.py",
+    "machine.py", "metrics.py", "nccl.py", "planner", "progress.py", "request.py", "start.py",
     "structured_outputs.py",
 }  # fmt: skip
 

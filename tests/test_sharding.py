@@ -30,7 +30,7 @@ from tests.support import FAMILIES, GOLDEN, QUICK, golden_spec, load, make_progr
 #: Sizes that give no activation as many values as a kernel or a page array has: copies are told apart by that.
 BUCKET = Bucket(decodes=2, prefill_tokens=17, prefills=2, rows=6)
 #: The same for shardings that divide the tokens.
-EVEN = Bucket(decodes=2, prefill_tokens=22, prefills=2, rows=6)
+EVEN = Bucket(decodes=2, prefill_tokens=26, prefills=2, rows=6)
 
 
 @given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 16))

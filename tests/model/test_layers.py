@@ -62,7 +62,7 @@ def test_row_parallel_linear(bias):
     layer, values = filled(RowParallelLinear((2, 3, 4), 6, ("a", "b", "c"), dtype=F32, bias=bias))
     x = inputs(5, 2, 3, 4)
     close(layer(x), np.einsum("tabc,dabc->td", x, values["kernel"]) + values.get("bias", 0))
-    assert param_specs(layer)["kernel"].axes == ("embed", "a", "b", "c")
+    assert param_specs(layer)["kernel"].axes == ("row_embed", "row_a", "b", "c")
 
 
 def test_embedding_and_its_logits():
