@@ -24,7 +24,7 @@ from ryzanstein_jax.checkpoint.files import SNAPSHOT_POOLING, ModelFiles, open_s
 from ryzanstein_jax.checkpoint.source import WeightSource
 from ryzanstein_jax.config import EngineConfig
 from ryzanstein_jax.engine.open import open_model, save_tokenizer
-from ryzanstein_jax.engine.process import prepare_process, settle_host_memory, step_back
+from ryzanstein_jax.engine.process import prepare_process, return_host_memory, settle_host_memory, step_back
 from ryzanstein_jax.engine.profiled import ProfiledRunner, profile_folder
 from ryzanstein_jax.engine.report import RankUsage, SetupReport
 from ryzanstein_jax.engine.runner import Runner
@@ -143,6 +143,7 @@ class LocalExecutor:
             )
             compile_seconds = time.perf_counter() - began
             if pause is not None:
+                return_host_memory()
                 pause()
             progress("loading weights", 0, 1)
             loaded = loading.result() if loading is not None else load()
