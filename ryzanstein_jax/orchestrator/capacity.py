@@ -106,6 +106,20 @@ class Capacity:
         """Takes a device in again from the next generation on."""
         self._allocator.restore(slot)
 
+    def slot_of(self, pci_bus_id: str | None, index: int, num_local: int) -> int | None:
+        """The slot of one of this machine's GPUs, which are the first slots; None where it takes no part.
+
+        Args:
+            pci_bus_id: of the GPU, as "0000:3b:00.0".
+            index: its number, which counts where ranks told no bus ids: CUDA may number GPUs otherwise than NVML.
+            num_local: how many slots this machine has.
+        """
+        known = {report.pci_bus_id: slot for slot, report in self._devices.items() if slot < num_local}
+        known.pop("", None)
+        if known and pci_bus_id is not None:
+            return known.get(pci_bus_id)
+        return index if index < num_local else None
+
     def can_exclude(self, slots: Sequence[int], width: int) -> bool:
         """Whether enough devices would be left without some, and the model would fit them; `width` fits already."""
         left = [slot for slot in self.usable(self._here) if slot not in slots]

@@ -19,7 +19,7 @@ import time
 from enum import IntEnum
 from typing import Any
 
-from ryzanstein_jax.errors import RyzansteinError
+from ryzanstein_jax.errors import ConfigError, RyzansteinError
 from ryzanstein_jax.plan import MAX_PLAN_BYTES
 
 _HEADER = struct.Struct("<4sBxxxI")
@@ -274,9 +274,12 @@ def authenticate(channel: Channel, secret: bytes, *, leader: bool, timeout: floa
     """Each side proves that it knows the secret, without sending it; before that nothing else is read.
 
     Raises:
+        ConfigError: the secret is empty, which everybody knows.
         FrameError: the other side does not know the secret, or speaks something else.
         ChannelClosedError: it went away or took too long.
     """
+    if not secret:
+        raise ConfigError("secret", "", "an empty one proves nothing: `openssl rand -hex 32` makes one")
     deadline = time.monotonic() + timeout
     channel.most = 64
     own_role, other_role = (b"leader", b"member") if leader else (b"member", b"leader")

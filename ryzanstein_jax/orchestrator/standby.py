@@ -18,7 +18,7 @@ from ryzanstein_jax.config import EngineConfig, OrchestratorConfig
 from ryzanstein_jax.errors import RyzansteinError
 from ryzanstein_jax.orchestrator.devices import DeviceReport
 from ryzanstein_jax.orchestrator.events import EventKind, EventLog
-from ryzanstein_jax.orchestrator.fault import Fault, GroupFault
+from ryzanstein_jax.orchestrator.fault import GroupFault
 from ryzanstein_jax.orchestrator.frames import FrameError, Kind
 from ryzanstein_jax.orchestrator.health import HealthMonitor
 from ryzanstein_jax.orchestrator.launch import Launch
@@ -96,8 +96,8 @@ class Standby:
                 if launch.has(Kind.PREPARED):
                     self._is_prepared, self._failures = True, 0
                     self._events.record(EventKind.STANDBY, "a standby is prepared", generation=launch.group.generation)
-        except GroupFault as failure:
-            self._lose(failure.fault)
+        except (GroupFault, RyzansteinError, OSError) as error:
+            self._lose(error)
 
     def _start(self, slots: tuple[int, ...]) -> None:
         try:
@@ -127,8 +127,8 @@ class Standby:
                 fits = launch.prepared_for == self._config_of(launch.join())
             if not fits:
                 self.drop()
-        except GroupFault as failure:
-            self._lose(failure.fault)
+        except (GroupFault, RyzansteinError, OSError) as error:
+            self._lose(error)
         launch, self._launch = self._launch, None
         self._monitor.watch(None)
         return launch
@@ -144,11 +144,11 @@ class Standby:
         except (GroupFault, FrameError, OSError) as error:
             self._events.record(EventKind.KILLED, f"killing a standby: {error!r}", severity="error")
 
-    def _lose(self, fault: Fault) -> None:
+    def _lose(self, error: Exception) -> None:
         assert self._launch is not None
         generation = self._launch.group.generation
         self.drop()
-        self._put_off(f"the standby is lost: {fault}", generation)
+        self._put_off(f"the standby is lost: {error}", generation)
 
     def _put_off(self, message: str, generation: int = 0) -> None:
         wait = min(_MOST_BACKOFF, _BACKOFF_SECONDS * 2.0**self._failures)

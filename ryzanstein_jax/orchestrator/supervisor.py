@@ -15,7 +15,6 @@ from ryzanstein_jax.orchestrator.capacity import Capacity
 from ryzanstein_jax.orchestrator.events import EventKind
 from ryzanstein_jax.orchestrator.fault import Fault, FaultKind, GroupFault
 from ryzanstein_jax.orchestrator.frames import FrameError, Kind
-from ryzanstein_jax.orchestrator.gpu_problems import Finding
 from ryzanstein_jax.orchestrator.gpu_watch import GpuWatch
 from ryzanstein_jax.orchestrator.group_manager import ProcessGroupManager
 from ryzanstein_jax.orchestrator.health import HealthMonitor
@@ -25,7 +24,7 @@ from ryzanstein_jax.orchestrator.owner import Owner
 from ryzanstein_jax.orchestrator.process_group import ProcessGroup
 from ryzanstein_jax.orchestrator.recovery import Action, Decision, FailureRecoveryManager
 from ryzanstein_jax.orchestrator.standby import Standby
-from ryzanstein_jax.orchestrator.telemetry import GpuTelemetry
+from ryzanstein_jax.orchestrator.telemetry import GpuSample, GpuTelemetry
 
 _INSPECT_SECONDS = 60.0
 
@@ -46,6 +45,7 @@ class Supervisor:
         self.recovery = FailureRecoveryManager(self._options)
         self._capacity = Capacity(spec, config, self._options)
         self._gpus: GpuWatch | None = None
+        self._lost_slots: set[int] = set()  # of GPUs that fell off the bus; of the thread that watches them
         self._logs: RunLogs | None = None
         self._manager: ProcessGroupManager | None = None
         self._group: ProcessGroup | None = None
@@ -134,7 +134,12 @@ class Supervisor:
             width = self._config.tensor_parallel_size
             self._manager = ProcessGroupManager(self._options, self._logs, width, self._events)
             self._gpus = GpuWatch(
-                GpuTelemetry(), self._options.health_check_interval_sec, self._events, self._pids, self._note_unusable
+                GpuTelemetry(),
+                self._options.health_check_interval_sec,
+                self._events,
+                self._pids,
+                self._note_unusable,
+                self._note_back,
             )
             while not self._closing.is_set():
                 try:
@@ -277,14 +282,29 @@ class Supervisor:
         own = [rank.pid for rank in group.ranks] if group is not None else []
         return own + self._standby.pids()
 
-    def _note_unusable(self, finding: Finding) -> None:
+    def _slot_of(self, gpu: GpuSample) -> int | None:
+        if self._manager is None:
+            return None
+        return self._capacity.slot_of(gpu.pci_bus_id, gpu.index, self._manager.hosts.num_local)
+
+    def _note_unusable(self, gpu: GpuSample, text: str) -> None:
         """A GPU that only a reset mends is left out from the next start on, which comes at once if a rank uses it."""
-        if self._manager is None or finding.gpu >= self._manager.hosts.num_local:
-            return  # this machine's GPUs are the first slots, as far as they take part
-        self._capacity.exclude(finding.gpu, finding.text)
+        slot = self._slot_of(gpu)
+        if slot is None:
+            return
+        self._capacity.exclude(slot, text)
+        if gpu.lost:
+            self._lost_slots.add(slot)
         group = self._group
-        if group is not None and (hit := [rank.rank for rank in group.ranks if rank.slot == finding.gpu]):
-            self.suspect(group, Fault(FaultKind.DEVICE, finding.text, tuple(hit)))
+        if group is not None and (hit := [rank.rank for rank in group.ranks if rank.slot == slot]):
+            self.suspect(group, Fault(FaultKind.DEVICE, text, tuple(hit)))
+
+    def _note_back(self, gpu: GpuSample) -> None:
+        """A GPU that was left out because it was lost may be used again; `_may_widen` sees to it."""
+        slot = self._slot_of(gpu)
+        if slot in self._lost_slots:
+            self._lost_slots.discard(slot)
+            self._capacity.restore(slot)
 
     # --- faults
 

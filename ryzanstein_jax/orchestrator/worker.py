@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ryzanstein_jax.config import EngineConfig
 from ryzanstein_jax.errors import RyzansteinError
 from ryzanstein_jax.orchestrator import runtime
-from ryzanstein_jax.orchestrator.devices import DeviceReport
+from ryzanstein_jax.orchestrator.devices import DeviceReport, cuda_bus_id
 from ryzanstein_jax.orchestrator.faults import FaultPlan, InjectedFault
 from ryzanstein_jax.orchestrator.frames import Channel, ChannelClosedError, FrameError, Kind, parse_json
 from ryzanstein_jax.orchestrator.status import Heartbeat, Phase, RankSpec
@@ -280,4 +280,5 @@ def report_device(device: Any, index: int, rank: int) -> DeviceReport:
         memory_bytes=device_bytes(1, device),
         host=os.uname().nodename,
         rank=rank,
+        pci_bus_id=cuda_bus_id(device.local_hardware_id) if device.platform == "gpu" else "",
     )
