@@ -106,11 +106,8 @@ class Standby:
             self._put_off(f"a standby could not be started: {error}")
             return
         self._monitor.watch(group)
-        self._launch, self._slots, self._is_prepared = (
-            Launch(group, self._monitor, self._options, lambda: False),
-            slots,
-            False,
-        )
+        self._launch = Launch(group, self._monitor, self._options, lambda: False)
+        self._slots, self._is_prepared = slots, False
 
     def take(self, slots: tuple[int, ...]) -> Launch | None:
         """The standby, for a group on these slots that is needed now; None where none of use is there.
