@@ -1,8 +1,8 @@
 """`Standby`: a second group that waits to take the place of the one that serves.
 
-Most of a restart is loading programs. So a calm moment after a group began to serve, another one is started: its ranks
-join a runtime of their own and load the programs, slowly, beside the ranks that serve. After a fault it takes over
-and has the weights and the KV cache still to fetch, which it does not hold before: memory is taken once, not twice.
+Most of a restart is loading programs. So in the first calm moment after a group began to serve, another one is
+started: its ranks join a runtime of their own and load the programs. After a fault it takes over and has the weights
+and the KV cache still to fetch, which it does not hold before: memory is taken once, not twice.
 
 It is no part of what serves. Should it die, hang or fail to load, another one is tried later, and no request notices.
 """
@@ -24,8 +24,13 @@ from ryzanstein_jax.orchestrator.health import HealthMonitor
 from ryzanstein_jax.orchestrator.launch import Launch
 from ryzanstein_jax.orchestrator.process_group import ProcessGroup
 
-#: For how long a group serves before a standby is started beside it: first it has replays to do.
-_CALM_SECONDS = 2.0
+#: A standby is started once a group has served for so long: first it has replays to do;
+_SETTLE_SECONDS = 1.0
+#: and then once no step has run for so long, since loading slows them down whatever its priority is: ranks that compute
+#: wait for each other, and with them Gloo's threads, which are as humble;
+_CALM_SECONDS = 0.25
+#: but at the latest after so long.
+_AT_LATEST_SECONDS = 30.0
 #: The wait after a failure; it doubles with each in a row.
 _BACKOFF_SECONDS, _MOST_BACKOFF = 2.0, 300.0
 #: Loading beside ranks that compute takes its time, and Python does not get its turn meanwhile.
@@ -76,12 +81,18 @@ class Standby:
 
     def begin(self) -> None:
         """A group has begun to serve: it is left alone for a moment."""
-        self._not_before = max(self._not_before, time.monotonic() + _CALM_SECONDS)
+        self._not_before = max(self._not_before, time.monotonic() + _SETTLE_SECONDS)
 
-    def tend(self, slots: tuple[int, ...]) -> None:
-        """Does what is to be done next for a standby on these slots, and waits for nothing."""
+    def tend(self, slots: tuple[int, ...], idle_seconds: float) -> None:
+        """Does what is to be done next for a standby on these slots, and waits for nothing.
+
+        Args:
+            slots: of the group that serves.
+            idle_seconds: for how long it has had no step to run.
+        """
         if self._launch is None:
-            if time.monotonic() >= self._not_before:
+            late = time.monotonic() - self._not_before
+            if late >= _AT_LATEST_SECONDS or (late >= 0.0 and idle_seconds >= _CALM_SECONDS):
                 self._start(slots)
             return
         launch = self._launch
@@ -112,17 +123,15 @@ class Standby:
     def take(self, slots: tuple[int, ...]) -> Launch | None:
         """The standby, for a group on these slots that is needed now; None where none of use is there.
 
-        One that is still loading is of use too: it has the processors to itself now.
+        One that is still loading is not: at its priority that may take longer than a start.
         """
         launch = self._launch
         if launch is None:
             return None
         try:
             launch.listen(0.0)
-            fits = self._slots == slots
-            if fits and launch.prepared_for is not None:
-                fits = launch.prepared_for == self._config_of(launch.join())
-            if not fits:
+            fits = self._is_prepared and self._slots == slots
+            if not fits or launch.prepared_for != self._config_of(launch.join()):
                 self.drop()
         except (GroupFault, RyzansteinError, OSError) as error:
             self._lose(error)

@@ -223,7 +223,7 @@ class Supervisor:
         self._standby.begin()
         while not self._closing.is_set() and not self._may_widen(since):
             if self._wants_standby:
-                self._standby.tend(self.slots)
+                self._standby.tend(self.slots, self.monitor.clock.idle_seconds())
             for notice in group.poll(TICK):
                 fault_if_error(group, notice, serving=True)
                 if notice.kind is Kind.PROBED:

@@ -31,7 +31,8 @@ def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AsyncLLM]:
     folder = tmp_path_factory.mktemp("logs")
     options = {**OPTIONS, "log_dir": str(folder), "standby": True}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_CALM_SECONDS", 0.1)
+        patch.setattr(module, "_SETTLE_SECONDS", 0.1)
+        patch.setattr(module, "_AT_LATEST_SECONDS", 0.2)
         patch.setattr(module, "_BACKOFF_SECONDS", 0.1)
         with nothing_left_behind(folder):
             made = AsyncLLM(MODEL, executor="processes", orchestrator=options, **SETTINGS)
@@ -93,16 +94,17 @@ def test_a_standby_that_is_killed_while_it_loads_is_replaced(llm: AsyncLLM) -> N
     prepared(llm, besides=loading["generation"])
 
 
-def test_a_standby_that_still_loads_takes_over_too(llm: AsyncLLM, expected: list[list[CompletionOutput]]) -> None:
-    taken: list[int] = []
+def test_a_standby_that_still_loads_is_not_waited_for(llm: AsyncLLM, expected: list[list[CompletionOutput]]) -> None:
+    loading: list[dict[str, Any]] = []
 
     def strike() -> None:
         os.kill(prepared(llm)["pids"][0], signal.SIGKILL)
-        taken.append(standby(llm, lambda found: not found["prepared"])["generation"])
+        loading.append(standby(llm, lambda found: not found["prepared"]))
         kill(llm, 0)
 
     same(run_streams(llm, Watch(100, strike)), expected)
-    assert status(llm)["generation"] == taken[0]
+    assert status(llm)["generation"] > loading[0]["generation"]
+    assert not set(loading[0]["pids"]) & set(pids(llm))
 
 
 def test_both_groups_killed_at_once(llm: AsyncLLM, expected: list[list[CompletionOutput]]) -> None:

@@ -85,11 +85,11 @@ class Stage:
         self.groups.append(Group(2 + len(self.groups)))
         return self.groups[-1]
 
-    def tend(self, seconds: float = 0.0, *said: Kind | Fault) -> None:
+    def tend(self, seconds: float = 0.0, *said: Kind | Fault, idle: float = 9.0) -> None:
         self.now += seconds
         for what in said:
             self.groups[-1].said.append(what) if isinstance(what, Fault) else self.groups[-1].say(what)
-        self.standby.tend(SLOTS)
+        self.standby.tend(SLOTS, idle)
 
     def prepare(self) -> Group:
         self.tend(60.0)
@@ -110,9 +110,10 @@ DEATH = Fault(FaultKind.PROCESS_DEATH, "its process 7 was killed", (1,))
 
 
 def test_it_starts_after_a_calm_moment_and_loads_before_it_is_needed(stage):
-    stage.tend(1.0)
+    stage.tend(0.9)
+    stage.tend(0.2, idle=0.2)
     assert not stage.groups and stage.standby.summary() is None
-    stage.tend(1.5)
+    stage.tend(0.0, idle=0.3)
     (group,) = stage.groups
     stage.tend()
     assert group.told == []
@@ -126,11 +127,19 @@ def test_it_starts_after_a_calm_moment_and_loads_before_it_is_needed(stage):
     assert stage.standby.summary() is None and stage.standby.take(SLOTS) is None
 
 
+def test_without_a_calm_moment_it_starts_all_the_same_in_the_end(stage):
+    stage.tend(30.0, idle=0.0)
+    assert not stage.groups
+    stage.tend(1.5, idle=0.0)
+    assert len(stage.groups) == 1
+
+
 @pytest.mark.parametrize("said", [(), (Kind.HELLO,)], ids=["joining", "loading"])
-def test_half_of_one_is_taken_too(stage, said):
+def test_half_of_one_is_of_no_use(stage, said):
     stage.tend(60.0)
     stage.tend(0.0, *said)
-    assert stage.standby.take(SLOTS).group is stage.groups[0]
+    assert stage.standby.take(SLOTS) is None and stage.groups[0].killed
+    assert not stage.events.list(), "which is no failure"
 
 
 def test_it_stands_in_for_the_same_devices_and_settings_only(stage):
