@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ryzanstein_jax.config import EngineConfig, OrchestratorConfig
-from ryzanstein_jax.errors import RyzansteinError
+from ryzanstein_jax.errors import ConfigError, RyzansteinError
 from ryzanstein_jax.orchestrator.devices import DeviceReport
 from ryzanstein_jax.orchestrator.events import EventKind, EventLog
 from ryzanstein_jax.orchestrator.fault import GroupFault
@@ -67,6 +67,16 @@ class Standby:
         self._not_before = 0.0
         self._is_prepared = False
 
+    def check(self, devices: Sequence[DeviceReport]) -> None:
+        """Refuses what can't be, before anything is loaded.
+
+        Raises:
+            ConfigError: one is asked for, and the devices have memory of their own.
+        """
+        if self._options.standby is True and not _on_cpu(devices):
+            remedy = "a second process on a GPU would reserve memory that the first one needs: use False"
+            raise ConfigError("standby", True, remedy)
+
     def wanted(self, devices: Sequence[DeviceReport], config: EngineConfig) -> bool:
         """Whether there shall be one for these devices."""
         options = self._options
@@ -74,10 +84,11 @@ class Standby:
             return False
         if isinstance(options.standby, bool):
             return options.standby
-        # Programs on a GPU take memory of it. Programs that are not kept would have to be compiled again.
+        # Programs that are not kept would have to be compiled again.
+        if not _on_cpu(devices) or config.compilation_cache_dir == "":
+            return False
         room = _available_bytes()
-        on_cpu = all(device.platform == "cpu" for device in devices)
-        return on_cpu and config.compilation_cache_dir != "" and (room is None or room >= _ROOM * len(devices))
+        return room is None or room >= _ROOM * len(devices)
 
     def begin(self) -> None:
         """A group has begun to serve: it is left alone for a moment."""
@@ -175,6 +186,10 @@ class Standby:
         if launch is None:
             return None
         return {"generation": launch.group.generation, "prepared": self._is_prepared, "pids": self.pids()}
+
+
+def _on_cpu(devices: Sequence[DeviceReport]) -> bool:
+    return all(device.platform == "cpu" for device in devices)
 
 
 def _available_bytes() -> int | None:

@@ -195,6 +195,7 @@ class Supervisor:
             remedy = f"{len(devices)} devices were found"
             raise ConfigError("tensor_parallel_size", width, remedy)
         self._capacity.check_fit(self.slots, devices)
+        self._standby.check(devices)
         self.joined = True
         self._owner.tell_joined()
         launch.wait(self._may_load)

@@ -201,7 +201,7 @@ def test_one_that_takes_too_long_is_given_up(monkeypatch):
         ({}, "cpu", None, (2 << 30) - 1, False),
         ({}, "cpu", "", 2 << 30, False),
         ({}, "gpu", None, 1 << 40, False),
-        ({"standby": True}, "gpu", "", 0, True),
+        ({"standby": True}, "cpu", "", 0, True),
         ({"standby": False}, "cpu", None, 1 << 40, False),
         ({"standby": True, "enable_auto_restart": False}, "cpu", None, 1 << 40, False),
         ({"standby": True, "max_restart_attempts": 0}, "cpu", None, 1 << 40, False),
@@ -212,6 +212,16 @@ def test_who_gets_one(monkeypatch, options, platform, cache, free, wanted):
     standby = Standby(OrchestratorConfig(**options), EventLog(), lambda slots: None, lambda devices: CONFIG)
     config = CONFIG.replace(compilation_cache_dir=cache)
     assert standby.wanted([device(0, platform), device(1, platform)], config) is wanted
+
+
+def test_on_a_gpu_there_is_none(stage):
+    stage.standby.check([device(0), device(1)])
+    with pytest.raises(ConfigError, match="GPU would reserve memory"):
+        stage.standby.check([device(0, "gpu"), device(1, "gpu")])
+    for setting in ("auto", False):
+        Standby(OrchestratorConfig(standby=setting), EventLog(), stage.launch, lambda devices: CONFIG).check(
+            [device(0, "gpu")]
+        )
 
 
 @pytest.mark.parametrize("value", ["yes", 1, None, ""])
