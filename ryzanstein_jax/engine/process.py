@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import threading
 from pathlib import Path
 
 import jax
@@ -41,9 +42,9 @@ def prepare_process(config: EngineConfig) -> ExecutableStore | None:
 
 
 def step_back() -> None:
-    """Gives this thread the lowest priority. There is no way back without privileges, so it should end soon."""
-    with contextlib.suppress(OSError, AttributeError):
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    """Gives this thread a tenth of a processor where others want it; with the lowest priority it might get none."""
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
 
 
 def return_host_memory() -> None:
