@@ -105,8 +105,12 @@ class Drill:
         return round_
 
     def strike(self, number: int, act: Callable[[Drill], None], after_tokens: int) -> dict[str, Any]:
-        """Runs a round in which `act` happens once so many tokens have come, and says what became of it."""
+        """Runs a round in which `act` happens once so many tokens have come, and says what became of it.
+
+        A standby is ready by then, as it is some seconds after the last fault.
+        """
         expected, round_, struck = self.expected(number), Round(), []
+        self.await_standby()
 
         def watch() -> None:
             while round_.num_tokens < after_tokens:
@@ -131,6 +135,13 @@ class Drill:
                 ours != theirs for ours, theirs in zip(round_.tokens, expected, strict=True)
             ),
         }
+
+    def await_standby(self) -> None:
+        """Until a standby is prepared."""
+        deadline = time.monotonic() + 120.0
+        while not (self.status()["standby"] or {}).get("prepared"):
+            assert time.monotonic() < deadline, self.status()
+            time.sleep(0.05)
 
     def pids(self) -> list[int]:
         """Processes of the ranks."""
@@ -163,6 +174,12 @@ def kill_all(drill: Drill) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
+def kill_rank_and_standby(drill: Drill) -> None:
+    """As when the next fault comes before a new standby is ready."""
+    for pid in (*drill.status()["standby"]["pids"], drill.pids()[0]):
+        os.kill(pid, signal.SIGKILL)
+
+
 def kill_agent(drill: Drill) -> None:
     """The process that forks the ranks: a new one has to import everything first."""
     os.kill(psutil.Process(drill.pids()[0]).ppid(), signal.SIGKILL)
@@ -173,6 +190,7 @@ FAULTS: dict[str, Callable[[Drill], None]] = {
     "SIGKILL of rank 0": kill_rank(0),
     "SIGKILL of the last rank": kill_rank(-1),
     "SIGKILL of all ranks": kill_all,
+    "SIGKILL of rank 0 and the standby": kill_rank_and_standby,
     "SIGKILL of the agent": kill_agent,
     "SIGSTOP of rank 0": kill_rank(0, signal.SIGSTOP),
     "SIGSTOP of the last rank": kill_rank(-1, signal.SIGSTOP),

@@ -143,6 +143,9 @@ class OrchestratorConfig:
         min_tensor_parallel_size: narrowest group to go on with.
         restore_after_sec: how long a narrower group serves before a wider one takes its place, once machines that
             were lost are back; the requests that run then are replayed.
+        standby: keep a second group of processes that has joined and loaded its programs, to take the place of one that
+            fails: recovery is then without most of the start. It holds no weights and no KV cache. "auto" has one on a
+            CPU that has memory for it. There is none on GPUs, whose memory a second process would reserve.
         process_per_device: one process for each device; False makes one for all devices of this machine.
         drain_timeout_sec: how long `cleanup` lets processes end by themselves.
         log_dir: folder in which each run keeps its ranks' logs, in a folder of its own that goes with a clean end;
@@ -177,6 +180,7 @@ class OrchestratorConfig:
     max_device_failures: int = 3
     min_tensor_parallel_size: int = 1
     restore_after_sec: float = 10.0
+    standby: bool | str = "auto"
     process_per_device: bool = True
     drain_timeout_sec: float = 5.0
     log_dir: str | None = None
@@ -201,6 +205,8 @@ class OrchestratorConfig:
         for name in ("enable_auto_restart", "process_per_device"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(name, getattr(self, name), "use True or False")
+        if not isinstance(self.standby, bool) and self.standby != "auto":
+            raise ConfigError("standby", self.standby, 'use "auto", True or False')
         _integer("max_restart_attempts", self.max_restart_attempts, 0, 1 << 20)
         _integer("max_device_failures", self.max_device_failures, 1, 1 << 20)
         _integer("min_tensor_parallel_size", self.min_tensor_parallel_size, 1, 4096)

@@ -260,13 +260,14 @@ class StepPrograms:
         progress: Callable[[int, int], None] = lambda done, total: None,
         *,
         first: Collection[Bucket] | None = None,
+        begin_thread: Callable[[], None] | None = None,
     ) -> list[tuple[ProgramTable, Any]]:
         """Compiles or loads every program that is not there yet, several at a time.
 
         Args:
             progress: called with how many are done, and of how many.
-            first: where given, programs of other buckets that the store holds are postponed: they are loaded once
-                they are wanted.
+            first: where given, programs of other buckets that the store holds are postponed until they are wanted.
+            begin_thread: called first in each thread that compiles or loads.
 
         Returns:
             Table and size of all that were postponed, the smallest first.
@@ -298,7 +299,7 @@ class StepPrograms:
                 table.add(size)
             self.metrics.count("compiles")
 
-        with ThreadPoolExecutor(max_workers=max(2, min(16, os.cpu_count() or 1))) as pool:
+        with ThreadPoolExecutor(max(2, min(16, os.cpu_count() or 1)), initializer=begin_thread) as pool:
             for future in as_completed([pool.submit(compile_one, *job) for job in now]):
                 future.result()
                 done += 1

@@ -140,6 +140,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "orchestrator.health",
         "orchestrator.recovery",
         "orchestrator.launch",
+        "orchestrator.capacity",
+        "orchestrator.standby",
         "orchestrator.states",
         "orchestrator.owner",
         "orchestrator.supervisor",

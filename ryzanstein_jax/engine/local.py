@@ -24,7 +24,7 @@ from ryzanstein_jax.checkpoint.files import SNAPSHOT_POOLING, ModelFiles, open_s
 from ryzanstein_jax.checkpoint.source import WeightSource
 from ryzanstein_jax.config import EngineConfig
 from ryzanstein_jax.engine.open import open_model, save_tokenizer
-from ryzanstein_jax.engine.process import prepare_process, settle_host_memory
+from ryzanstein_jax.engine.process import prepare_process, return_host_memory, settle_host_memory, step_back
 from ryzanstein_jax.engine.profiled import ProfiledRunner, profile_folder
 from ryzanstein_jax.engine.report import RankUsage, SetupReport
 from ryzanstein_jax.engine.runner import Runner
@@ -61,6 +61,8 @@ class LocalExecutor:
             them, or while there are no steps.
         hurry: run a step in a larger bucket rather than wait until its own is loaded. It rounds otherwise, so two
             runs may differ in the last bits of a log-probability.
+        pause: for a process that shall be ready, and not in the way until it is needed. Programs are loaded with low
+            priority; then this is called, and when it returns, weights and cache take their memory.
 
     Raises:
         ConfigError: there are too few devices.
@@ -77,6 +79,7 @@ class LocalExecutor:
         progress: Progress = lambda what, done, total: None,
         first: Collection[tuple[int, int]] = ((0, 1), (1, 0)),
         hurry: bool = False,
+        pause: Callable[[], None] | None = None,
     ):
         store = prepare_process(config)
         mesh = make_mesh(config.tensor_parallel_size)
@@ -129,13 +132,21 @@ class LocalExecutor:
             programs = programs.with_pages(memory.num_pages)
 
         with ThreadPoolExecutor(1) as loader:
-            loading = loader.submit(_load, config, files, spec, sizes, programs)
+            load = partial(_load, config, files, spec, sizes, programs)
+            loading = loader.submit(load) if pause is None else None
             needed = {_bucket_for(buckets, *step) for step in first}
             programs.prefers_loaded = hurry
-            postponed = programs.compile_all(lambda done, total: progress("compiling", done, total), first=needed)
+            postponed = programs.compile_all(
+                lambda done, total: progress("compiling", done, total),
+                first=needed,
+                begin_thread=step_back if pause is not None else None,
+            )
             compile_seconds = time.perf_counter() - began
+            if pause is not None:
+                return_host_memory()
+                pause()
             progress("loading weights", 0, 1)
-            loaded = loading.result()
+            loaded = loading.result() if loading is not None else load()
             progress("loading weights", 1, 1)
         if device.platform == "cpu":
             settle_host_memory()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
+import threading
 from pathlib import Path
 
 import jax
@@ -39,6 +41,18 @@ def prepare_process(config: EngineConfig) -> ExecutableStore | None:
     return store
 
 
+def step_back() -> None:
+    """Gives this thread a tenth of a processor where others want it; with the lowest priority it might get none."""
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+
+
+def return_host_memory() -> None:
+    """Gives the system back what the C library keeps of memory that was freed: loading programs leaves plenty."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def settle_host_memory() -> None:
     """Returns what compiling and loading left, and from now on has glibc reuse large blocks.
 
@@ -46,9 +60,9 @@ def settle_host_memory() -> None:
     costs a page fault: reading the KV cache measured two to six times slower.
     """
     m_trim_threshold, m_top_pad, m_mmap_threshold = -1, -2, -3
+    return_host_memory()
     with contextlib.suppress(OSError, AttributeError):  # another C library
         libc = ctypes.CDLL(None)
-        libc.malloc_trim(0)
         libc.mallopt(m_mmap_threshold, 1 << 30)
         libc.mallopt(m_trim_threshold, 1 << 30)
         libc.mallopt(m_top_pad, 64 << 20)

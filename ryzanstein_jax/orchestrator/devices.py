@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import json
 import re
@@ -75,6 +76,20 @@ class DeviceReport:
         if type(fields) is not dict or fields.keys() != names:
             raise ConfigError("device", _short(fields), f"send an object of {', '.join(sorted(names))}")
         return cls(**fields)
+
+
+def cuda_bus_id(ordinal: int) -> str:
+    """The PCI bus id, as "0000:3b:00.0", of a device that CUDA has in use in this process; "" where it does not tell.
+
+    JAX has the number by which CUDA counts, which is not NVML's; the bus id is what both know.
+    """
+    text = ctypes.create_string_buffer(32)
+    try:
+        failed = ctypes.CDLL("libcuda.so.1").cuDeviceGetPCIBusId(text, len(text), ordinal)
+    except (OSError, AttributeError):
+        return ""
+    found = text.value.decode("ascii", "replace").lower()
+    return found if not failed and _PCI_BUS_ID.fullmatch(found) else ""
 
 
 def _short(value: object) -> str:

@@ -38,6 +38,7 @@ class EventKind(StrEnum):
     CLOSED = "closed"
     PROBE_FAILED = "probe_failed"  # a device or the serving path did not answer
     TELEMETRY = "telemetry"  # a finding about a GPU
+    STANDBY = "standby"  # a second group, to take the place of the one that serves, is prepared or was lost
     HOST_JOINED = "host_joined"  # another machine offers its devices
     HOST_LOST = "host_lost"  # it is gone, and its ranks with it
 

@@ -19,7 +19,7 @@ import time
 from enum import IntEnum
 from typing import Any
 
-from ryzanstein_jax.errors import RyzansteinError
+from ryzanstein_jax.errors import ConfigError, RyzansteinError
 from ryzanstein_jax.plan import MAX_PLAN_BYTES
 
 _HEADER = struct.Struct("<4sBxxxI")
@@ -32,7 +32,7 @@ _MOST_PENDING, _FRAME_COST = 1 << 20, 256
 
 
 class Kind(IntEnum):
-    """What a frame is. Those of the leader: SPAWN to PLAN; of the other side: SPAWNED to PONG."""
+    """What a frame is. Those of the leader: SPAWN to PREPARE; of the other side: SPAWNED to PREPARED."""
 
     SPAWN = 1  # to an agent: start a rank
     KILL = 2  # to an agent: kill the ranks of a generation
@@ -42,6 +42,7 @@ class Kind(IntEnum):
     INSPECT = 6  # to a rank: what do the programs communicate
     STOP = 7  # to a rank or an agent: end
     PLAN = 8  # to a rank: run this step
+    PREPARE = 9  # to a rank: load this model's programs, and wait for START before taking memory of a device
     SPAWNED = 32  # from an agent
     EXITED = 33  # from an agent: how a rank ended
     HELLO = 34  # from an agent or a rank: who it is; from a rank: its devices; to them: welcome
@@ -53,6 +54,7 @@ class Kind(IntEnum):
     ERROR = 40  # from a rank: what went wrong; to who dials: why it is refused
     RESULT = 41  # from rank 0: what the step sampled
     PONG = 42  # from a rank
+    PREPARED = 43  # from a rank: it did, and waits
     AUTH = 64  # both ways, on sockets that anybody could have opened
 
 
@@ -272,9 +274,12 @@ def authenticate(channel: Channel, secret: bytes, *, leader: bool, timeout: floa
     """Each side proves that it knows the secret, without sending it; before that nothing else is read.
 
     Raises:
+        ConfigError: the secret is empty, which everybody knows.
         FrameError: the other side does not know the secret, or speaks something else.
         ChannelClosedError: it went away or took too long.
     """
+    if not secret:
+        raise ConfigError("secret", "", "an empty one proves nothing: `openssl rand -hex 32` makes one")
     deadline = time.monotonic() + timeout
     channel.most = 64
     own_role, other_role = (b"leader", b"member") if leader else (b"member", b"leader")

@@ -8,8 +8,8 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 from ryzanstein_jax.orchestrator.events import EventKind, EventLog
-from ryzanstein_jax.orchestrator.gpu_problems import Finding, problems
-from ryzanstein_jax.orchestrator.telemetry import GpuTelemetry, TelemetrySample
+from ryzanstein_jax.orchestrator.gpu_problems import problems
+from ryzanstein_jax.orchestrator.telemetry import GpuSample, GpuTelemetry, TelemetrySample
 
 
 class GpuWatch:
@@ -20,7 +20,8 @@ class GpuWatch:
         interval: seconds between two looks.
         events: gets the findings.
         own_processes: pids whose use of memory is no surprise.
-        on_unusable: called, from the thread, with a finding that only a reset or a repair mends.
+        on_unusable: called, from the thread, with a GPU and what is wrong with it that only a reset or a repair mends.
+        on_back: called, from the thread, with a GPU that was lost and is there again.
     """
 
     def __init__(
@@ -29,10 +30,11 @@ class GpuWatch:
         interval: float,
         events: EventLog,
         own_processes: Callable[[], Collection[int]],
-        on_unusable: Callable[[Finding], None],
+        on_unusable: Callable[[GpuSample, str], None],
+        on_back: Callable[[GpuSample], None],
     ):
         self._telemetry, self._interval, self._events = telemetry, interval, events
-        self._own_processes, self._on_unusable = own_processes, on_unusable
+        self._own_processes, self._on_unusable, self._on_back = own_processes, on_unusable, on_back
         self._sample: TelemetrySample | None = None
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="gpu-watch", daemon=True)
@@ -64,8 +66,18 @@ class GpuWatch:
                     gpu=finding.gpu,
                 )
                 if finding.unusable:
-                    self._on_unusable(finding)
+                    self._on_unusable(next(gpu for gpu in sample.gpus if gpu.index == finding.gpu), finding.text)
+            self._note_back(sample)
             self._sample = sample
             if self._ended.wait(self._interval):
                 self._telemetry.close()
                 return
+
+    def _note_back(self, sample: TelemetrySample) -> None:
+        lost = {gpu.index for gpu in self._sample.gpus if gpu.lost} if self._sample is not None else set()
+        for gpu in sample.gpus:
+            if gpu.index in lost and not gpu.lost:
+                self._events.record(
+                    EventKind.TELEMETRY, f"GPU {gpu.index} is there again", gpu=gpu.index, severity="info"
+                )
+                self._on_back(gpu)

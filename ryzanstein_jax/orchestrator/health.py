@@ -48,6 +48,7 @@ class StepClock:
         #: Slowest step so far, by the power of two of its tokens; it fades, so that one slow moment is forgotten.
         self._slowest: dict[int, float] = {}
         self._recent: deque[float] = deque(maxlen=256)
+        self._idle_since = time.monotonic()
 
     def begin(self, tokens: int) -> None:
         with self._lock:
@@ -66,6 +67,7 @@ class StepClock:
             self._recent.append(seconds)
             if self._running:
                 self._running[0] = (*self._running[0][:2], now)
+            self._idle_since = now
 
     def clear(self) -> None:
         """No step runs any more."""
@@ -95,6 +97,11 @@ class StepClock:
         with self._lock:
             now = time.monotonic()
             self._running = deque((tokens, begun, min(now, since + seconds)) for tokens, begun, since in self._running)
+
+    def idle_seconds(self) -> float:
+        """For how long no step has run; 0 while one does."""
+        with self._lock:
+            return 0.0 if self._running else time.monotonic() - self._idle_since
 
     def summary(self) -> dict[str, float | int | None]:
         with self._lock:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,11 @@ from ryzanstein_jax.orchestrator.secret import SECRET_VARIABLE
 from ryzanstein_jax.orchestrator.status import RankSpec
 
 _END_SECONDS = 3.0
+#: An agent tells of each rank twice; more than this, of one generation, nobody reads.
+_MOST_NEWS = 8192
+
+#: What an agent told.
+News = tuple[Kind, dict[str, Any]]
 
 #: Takes a rank's channel: its name ("control", "steps", "log") and the channel. From any thread.
 Arrived = Callable[[str, Channel], None]
@@ -38,16 +44,35 @@ class HostAgent(ABC):
     def __init__(self, name: str, num_slots: int, channel: Channel, *, is_local: bool):
         self.name, self.num_slots, self.channel, self.is_local = name, num_slots, channel, is_local
         self.is_up = True
+        self._news: dict[int, deque[News]] = {}  # of those generations that somebody listens for
 
-    def read(self) -> list[tuple[Kind, dict[str, Any]]]:
-        """What it said since; `is_up` is False afterwards where it is gone."""
-        if not self.is_up:
+    def listen_for(self, generation: int) -> None:
+        """Keeps what it tells of a generation, until `read`; what it tells of others is thrown away."""
+        self._news.setdefault(generation, deque(maxlen=_MOST_NEWS))
+
+    def stop_listening(self, generation: int) -> None:
+        self._news.pop(generation, None)
+
+    def has_news(self, generation: int) -> bool:
+        """Whether `read` has something to tell without the agent saying more."""
+        return bool(self._news.get(generation)) or not self.is_up
+
+    def read(self, generation: int | None = None) -> list[News]:
+        """What it said of a generation since; `is_up` is False afterwards where it is gone."""
+        if self.is_up:
+            try:
+                for kind, payload in self.channel.pending():
+                    value = parse_json(payload)
+                    of = value.get("generation")
+                    if type(of) is int and of in self._news:
+                        self._news[of].append((kind, value))
+            except (ChannelClosedError, FrameError):
+                self.lose()
+        if generation not in self._news:
             return []
-        try:
-            return [(kind, parse_json(payload)) for kind, payload in self.channel.pending()]
-        except (ChannelClosedError, FrameError):
-            self.lose()
-            return []
+        said = list(self._news[generation])
+        self._news[generation].clear()
+        return said
 
     @abstractmethod
     def spawn(self, spec: RankSpec, log_fd: int, arrived: Arrived) -> None:

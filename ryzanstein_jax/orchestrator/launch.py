@@ -1,4 +1,7 @@
-"""Brings up one generation of a group: ranks join, the model is placed and loaded, all agree on what fits a step."""
+"""Brings up one generation of a group: ranks join, the model is placed and loaded, all agree on what fits a step.
+
+A standby goes half the way: its ranks join and load their programs, and take the rest when they are needed.
+"""
 
 from __future__ import annotations
 
@@ -27,6 +30,8 @@ TICK = 0.05
 _CAUSE_SECONDS = 0.3
 #: A rank tells of so many settings at most.
 _MOST_SETTINGS = 200
+#: Frames that a launch waits for, each once from every rank.
+_AWAITED = (Kind.HELLO, Kind.PREPARED, Kind.READY)
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,9 @@ class Ready:
 class Launch:
     """Waits for a group step by step, while the health monitor looks on.
 
+    Attributes:
+        prepared_for: with which settings its programs were loaded ahead; None where they were not.
+
     Args:
         group: the ranks, just launched.
         monitor: watches them already.
@@ -67,11 +75,33 @@ class Launch:
         options: OrchestratorConfig,
         is_closing: Callable[[], bool],
     ):
-        self._group, self._monitor, self._is_closing = group, monitor, is_closing
-        self._began = self._stage = time.monotonic()
-        self._deadline = self._began + options.timeout_sec
+        self.group, self._monitor, self._is_closing = group, monitor, is_closing
         self._timeout = options.timeout_sec
         self.communication: dict[str, list[list[str | None]]] = {}
+        self._answers: dict[Kind, dict[int, dict[str, Any]]] = {kind: {} for kind in _AWAITED}
+        self._progress: Progress = lambda what, done, total: None
+        self.prepared_for: EngineConfig | None = None
+        self._restart_clock()
+
+    def _restart_clock(self) -> None:
+        self._began = self._stage = time.monotonic()
+        self._deadline = self._began + self._timeout
+
+    def hand_over(self, monitor: HealthMonitor, is_closing: Callable[[], bool]) -> None:
+        """A standby takes its place: `join` and `load` follow, as for a group just launched."""
+        self._monitor, self._is_closing = monitor, is_closing
+        self._restart_clock()
+        for rank in self.group.ranks:  # until now nobody minded how long one was busy with a load
+            rank.beat_time = self._began
+
+    def prepare(self, config: EngineConfig) -> None:
+        """Has all ranks load the model's programs, and nothing that takes memory of a device.
+
+        Raises:
+            GroupFault: one does not take the order.
+        """
+        self.prepared_for = config
+        self.group.tell(Kind.PREPARE, {"config": dataclasses.asdict(config)})
 
     def join(self) -> list[DeviceReport]:
         """The devices of all ranks, in order, once all have joined.
@@ -79,12 +109,12 @@ class Launch:
         Raises:
             GroupFault: a rank failed, or the deadline passed.
         """
-        answers = self._gather(Kind.HELLO, lambda notice: None)
+        answers = self._gather(Kind.HELLO)
         devices: list[DeviceReport] = []
-        for rank in range(len(self._group.ranks)):
+        for rank in range(len(self.group.ranks)):
             value = answers[rank]
             try:
-                if value["rank"] != rank or value["generation"] != self._group.generation:
+                if value["rank"] != rank or value["generation"] != self.group.generation:
                     raise FrameError("it greets as another rank")
                 devices += [DeviceReport.from_json(text) for text in value["devices"]]
                 self.communication[str(rank)] = [
@@ -103,11 +133,7 @@ class Launch:
         """
         began = time.monotonic()
         while not may_load.is_set():
-            for notice in self._group.poll(TICK):
-                fault_if_error(self._group, notice, serving=False)
-            fault = self._monitor.check()
-            if fault is not None:
-                raise GroupFault(fault)
+            self.listen(TICK)
         waited = time.monotonic() - began
         self._began, self._deadline = self._began + waited, self._deadline + waited
 
@@ -118,16 +144,9 @@ class Launch:
             GroupFault: as `join`; or the ranks do not agree.
         """
         joined, self._stage = time.monotonic() - self._began, time.monotonic()
-        self._group.tell(Kind.START, {"config": dataclasses.asdict(config)})
-
-        def note(notice: Notice) -> None:
-            if notice.kind is Kind.PROGRESS and notice.rank == 0:
-                value = notice.json()
-                done, total = value.get("done"), value.get("total")
-                if type(done) is int and type(total) is int:
-                    progress(str(value.get("what"))[:40], done, total)
-
-        answers = self._gather(Kind.READY, note)
+        self._progress = progress
+        self.group.tell(Kind.START, {"config": dataclasses.asdict(config)})
+        answers = self._gather(Kind.READY)
         try:
             first = answers[0]
             for rank, value in answers.items():
@@ -147,27 +166,46 @@ class Launch:
             message = f"it is ready in another language: {error!r:.500}"
             raise GroupFault(Fault(FaultKind.START, message, (0,))) from error
 
-    def _gather(self, kind: Kind, note: Callable[[Notice], None]) -> dict[int, dict[str, Any]]:
+    def has(self, kind: Kind) -> bool:
+        """Whether every rank has sent its frame of a kind: HELLO, PREPARED or READY."""
+        return len(self._answers[kind]) == len(self.group.ranks)
+
+    def listen(self, timeout: float) -> None:
+        """Hears what ranks say; waits up to `timeout` seconds for the first of it.
+
+        Raises:
+            GroupFault: a rank failed.
+        """
+        for notice in self.group.poll(timeout):
+            fault_if_error(self.group, notice, serving=False)
+            if notice.kind in self._answers:
+                self._answers[notice.kind][notice.rank] = notice.json()
+            elif notice.kind is Kind.PROGRESS and notice.rank == 0:
+                value = notice.json()
+                done, total = value.get("done"), value.get("total")
+                if type(done) is int and type(total) is int:
+                    self._progress(str(value.get("what"))[:40], done, total)
+        fault = self._monitor.check()
+        if fault is not None:
+            raise GroupFault(fault)
+
+    def _gather(self, kind: Kind) -> dict[int, dict[str, Any]]:
         """One frame of a kind from every rank."""
-        answers: dict[int, dict[str, Any]] = {}
-        while len(answers) < len(self._group.ranks):
+        while not self.has(kind):
             if self._is_closing():
                 raise GroupFault(Fault(FaultKind.REFUSED, "the orchestrator is closing"))
-            for notice in self._group.poll(TICK):
-                fault_if_error(self._group, notice, serving=False)
-                if notice.kind is kind:
-                    answers[notice.rank] = notice.json()
-                else:
-                    note(notice)
-            fault = self._monitor.check()
-            if fault is not None:
-                raise GroupFault(fault)
-            if time.monotonic() > self._deadline:
-                missing = tuple(rank.rank for rank in self._group.ranks if rank.rank not in answers)
-                message = f"not {kind.name.lower()} within timeout_sec={self._timeout:g}"
-                log = tuple(self._group.ranks[missing[0]].logs.tail(10))
-                raise GroupFault(Fault(FaultKind.START, message, missing, log=log))
-        return answers
+            self.listen(TICK)
+            self.check_time(kind)
+        return self._answers[kind]
+
+    def check_time(self, kind: Kind) -> None:
+        """Raises GroupFault where a frame is overdue."""
+        if self.has(kind) or time.monotonic() <= self._deadline:
+            return
+        missing = tuple(rank.rank for rank in self.group.ranks if rank.rank not in self._answers[kind])
+        message = f"not {kind.name.lower()} within timeout_sec={self._timeout:g}"
+        log = tuple(self.group.ranks[missing[0]].logs.tail(10))
+        raise GroupFault(Fault(FaultKind.START, message, missing, log=log))
 
 
 def fault_if_error(group: ProcessGroup, notice: Notice, *, serving: bool) -> None:

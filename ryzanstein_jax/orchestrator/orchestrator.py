@@ -368,6 +368,8 @@ class MultiGPUOrchestrator:
             "failure": None if self._failure is None else str(self._failure),
             "communication": supervisor.communication,
             "health": self.monitor.get_health_summary(),
+            "hosts": supervisor.hosts(),
+            "standby": supervisor.standby(),
             "gpus": supervisor.gpus(),
             "events": [vars_of(event) for event in self.events.list(last=100)],
         }

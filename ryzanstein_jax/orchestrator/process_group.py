@@ -53,6 +53,7 @@ class ProcessGroup:
         self.ranks.append(rank)
         if agent not in self._agents:
             self._agents.append(agent)
+            agent.listen_for(self.generation)
             self._selector.register(agent.channel, selectors.EVENT_READ, lambda: self._read_agent(agent))
 
         def arrived(name: str, channel: Channel) -> None:
@@ -90,6 +91,9 @@ class ProcessGroup:
             GroupFault: a rank, or an agent, has ended or talks nonsense.
         """
         notices: list[Notice] = []
+        for agent in self._agents:
+            if agent.has_news(self.generation):  # another group read it, and nothing would wake this one
+                notices += self._read_agent(agent)
         self._take_arrivals()
         for key, _ in self._selector.select(timeout):
             notices += key.data() or ()
@@ -104,10 +108,10 @@ class ProcessGroup:
 
     def _read_agent(self, agent: HostAgent) -> list[Notice]:
         ended: Rank | None = None
-        for kind, value in agent.read():
+        for kind, value in agent.read(self.generation):
             rank = next((r for r in self.ranks if r.agent is agent and r.rank == value.get("rank")), None)
-            if rank is None or value.get("generation") != self.generation:
-                continue  # of a generation that is gone
+            if rank is None:
+                continue
             if kind is Kind.SPAWNED:
                 self._note_pid(rank, int(value["pid"]))
             elif kind is Kind.EXITED:
@@ -142,7 +146,7 @@ class ProcessGroup:
             with contextlib.suppress(FrameError):
                 poller = select.poll()
                 poller.register(agent.channel, select.POLLIN)
-                if poller.poll(_EXIT_SECONDS * 1000):
+                if agent.has_news(self.generation) or poller.poll(_EXIT_SECONDS * 1000):
                     self._read_agent(agent)
         raise GroupFault(self.fault_of_end(rank))
 
@@ -282,7 +286,7 @@ class ProcessGroup:
             poller = select.poll()
             poller.register(agent.channel, select.POLLIN)
             while any(rank.agent is agent and rank.pid < 0 for rank in self.ranks) and time.monotonic() < deadline:
-                if poller.poll(100):
+                if agent.has_news(self.generation) or poller.poll(100):
                     with contextlib.suppress(GroupFault):
                         self._read_agent(agent)
                     if agent.process.poll() is not None or not agent.is_up:
@@ -290,6 +294,8 @@ class ProcessGroup:
 
     def release(self) -> None:
         """Closes channels, descriptors and the coordination service."""
+        for agent in self._agents:
+            agent.stop_listening(self.generation)
         for rank in self.ranks:
             if isinstance(rank.agent, RemoteAgent):
                 rank.agent.forget(rank.ticket)

@@ -24,6 +24,7 @@ class Phase(IntEnum):
     WAITING = 1
     LOADING = 2
     SERVING = 3
+    PREPARED = 4  # a standby: its programs are there, weights and cache are not
 
 
 @dataclass(slots=True)

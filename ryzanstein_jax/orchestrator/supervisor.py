@@ -9,29 +9,22 @@ from typing import Any
 
 from ryzanstein_jax.config import EngineConfig
 from ryzanstein_jax.engine.executor import ExecutorLimits
-from ryzanstein_jax.errors import (
-    ConfigError,
-    MemoryBudgetError,
-    RecoveryExhaustedError,
-    RyzansteinError,
-    remote_error,
-)
+from ryzanstein_jax.errors import ConfigError, RecoveryExhaustedError, RyzansteinError, remote_error
 from ryzanstein_jax.model.spec import ModelSpec
-from ryzanstein_jax.orchestrator.devices import DeviceReport
+from ryzanstein_jax.orchestrator.capacity import Capacity
 from ryzanstein_jax.orchestrator.events import EventKind
 from ryzanstein_jax.orchestrator.fault import Fault, FaultKind, GroupFault
 from ryzanstein_jax.orchestrator.frames import FrameError, Kind
-from ryzanstein_jax.orchestrator.gpu_problems import Finding
 from ryzanstein_jax.orchestrator.gpu_watch import GpuWatch
 from ryzanstein_jax.orchestrator.group_manager import ProcessGroupManager
 from ryzanstein_jax.orchestrator.health import HealthMonitor
-from ryzanstein_jax.orchestrator.launch import TICK, Launch, Progress, Ready, cause_of, fault_if_error, rank_config
+from ryzanstein_jax.orchestrator.launch import TICK, Launch, Progress, Ready, cause_of, fault_if_error
 from ryzanstein_jax.orchestrator.logs import RunLogs
 from ryzanstein_jax.orchestrator.owner import Owner
 from ryzanstein_jax.orchestrator.process_group import ProcessGroup
 from ryzanstein_jax.orchestrator.recovery import Action, Decision, FailureRecoveryManager
-from ryzanstein_jax.orchestrator.resources import ResourceAllocator
-from ryzanstein_jax.orchestrator.telemetry import GpuTelemetry
+from ryzanstein_jax.orchestrator.standby import Standby
+from ryzanstein_jax.orchestrator.telemetry import GpuSample, GpuTelemetry
 
 _INSPECT_SECONDS = 60.0
 
@@ -50,10 +43,9 @@ class Supervisor:
         self._options, self._events = owner.options, owner.events
         self.monitor = HealthMonitor(self._options)
         self.recovery = FailureRecoveryManager(self._options)
-        self._allocator = ResourceAllocator(spec, config)
-        self._slots: tuple[int, ...] = ()
+        self._capacity = Capacity(spec, config, self._options)
         self._gpus: GpuWatch | None = None
-        self._devices: dict[int, DeviceReport] = {}  # by slot, of all generations
+        self._lost_slots: set[int] = set()  # of GPUs that fell off the bus; of the thread that watches them
         self._logs: RunLogs | None = None
         self._manager: ProcessGroupManager | None = None
         self._group: ProcessGroup | None = None
@@ -62,9 +54,9 @@ class Supervisor:
         self._may_load, self._closing = threading.Event(), threading.Event()
         self._suspected: list[tuple[ProcessGroup, Fault]] = []  # by the engine's thread
         self._inspected: tuple[threading.Event, list[dict[str, Any]]] | None = None
-        self._num_pages: dict[int, int] = {}  # by width: all generations of one width have the same programs
-        self._batch_divisor = 1
-        self._page_share = 1.0  # of the pages that the memory budget has room for
+        self._standby = Standby(self._options, self._events, self._launch, self._capacity.rank_config)
+        self._wants_standby = False
+        self._launches = 0
         self._delay_until = 0.0
         self.joined = False
         self.ready: Ready | None = None
@@ -120,19 +112,19 @@ class Supervisor:
     def limits(self) -> ExecutorLimits:
         """What the group offers, less what was taken back after the device ran out of memory."""
         assert self.ready is not None
-        limits, divisor = self.ready.limits, self._batch_divisor
-        if divisor == 1:
-            return limits
-        seqs = max(1, limits.max_num_seqs // divisor)
-        tokens = max(1, limits.max_prefill_tokens // divisor)
-        prefills = max(1, limits.max_prefills // divisor)
-        return dataclasses.replace(
-            limits, max_num_seqs=seqs, max_prefill_tokens=tokens, max_prefills=prefills, max_rows=seqs + prefills
-        )
+        return self._capacity.limits(self.ready.limits)
 
     @property
     def excluded(self) -> dict[int, str]:
-        return self._allocator.excluded
+        return self._capacity.excluded
+
+    def standby(self) -> dict[str, Any] | None:
+        """Where the standby stands; None without one."""
+        return self._standby.summary()
+
+    def hosts(self) -> dict[str, int]:
+        """Devices of each machine that is here, by its name."""
+        return self._manager.hosts.names() if self._manager is not None else {}
 
     # --- the thread
 
@@ -142,7 +134,12 @@ class Supervisor:
             width = self._config.tensor_parallel_size
             self._manager = ProcessGroupManager(self._options, self._logs, width, self._events)
             self._gpus = GpuWatch(
-                GpuTelemetry(), self._options.health_check_interval_sec, self._events, self._pids, self._note_unusable
+                GpuTelemetry(),
+                self._options.health_check_interval_sec,
+                self._events,
+                self._pids,
+                self._note_unusable,
+                self._note_back,
             )
             while not self._closing.is_set():
                 try:
@@ -160,44 +157,56 @@ class Supervisor:
             own.__cause__ = error
             self._owner.fail(own)
         finally:
+            self._standby.drop()
             self._kill()
+
+    def _launch(self, slots: tuple[int, ...]) -> ProcessGroup:
+        """Starts the ranks of a new group."""
+        assert self._manager is not None
+        self._launches += 1
+        places = slots if self._options.process_per_device else (-1,)
+        return self._manager.launch(places, generation=self._launches, width=len(slots))
 
     def _bring_up(self) -> None:
         """A new generation, from processes to serving."""
         assert self._manager is not None
         while (left := self._delay_until - time.monotonic()) > 0 and not self._closing.wait(min(left, TICK)):
             pass
-        self._slots = self._manager.slots(self._closing.is_set)
-        self.slots = self._choose_slots()
-        width = len(self.slots)
-        self.generation += 1
-        kind = EventKind.STARTED if self.generation == 1 else EventKind.RESPAWNED
-        self._events.record(kind, f"{width} ranks start", generation=self.generation, slots=list(self.slots))
-        one_process = not self._options.process_per_device
-        self._group = group = self._manager.launch(
-            (-1,) if one_process else self.slots, generation=self.generation, width=width
-        )
+        self.slots = self._capacity.choose(self._manager.slots(self._closing.is_set))
+        width, before = len(self.slots), self.generation
+        launch = self._standby.take(self.slots)
+        if launch is not None:
+            self._group = group = launch.group
+            launch.hand_over(self.monitor, self._closing.is_set)
+        else:
+            self._group = group = self._launch(self.slots)
+            launch = Launch(group, self.monitor, self._options, self._closing.is_set)
+        self.generation = group.generation
         self.monitor.watch(group)
-        launch = Launch(group, self.monitor, self._options, self._closing.is_set)
+        self._events.record(
+            EventKind.RESPAWNED if before else EventKind.STARTED,
+            f"{width} {'ranks start' if launch.prepared_for is None else 'ranks of the standby take over'}",
+            generation=self.generation,
+            slots=list(self.slots),
+        )
         devices = launch.join()
         self.communication = launch.communication
         if len(devices) != width:
             remedy = f"{len(devices)} devices were found"
             raise ConfigError("tensor_parallel_size", width, remedy)
-        self._check_fit(devices)
+        self._capacity.check_fit(self.slots, devices)
+        self._standby.check(devices)
         self.joined = True
         self._owner.tell_joined()
         launch.wait(self._may_load)
-        config = rank_config(self._config, devices, self._num_pages.get(width), self._page_share)
-        self.ready = ready = launch.load(config, self._progress)
-        self._num_pages.setdefault(width, ready.limits.num_pages)
-        memory = ready.report.memory
-        self._allocator.learn(width, memory.temporaries, memory.logits)
+        self.ready = ready = launch.load(self._capacity.rank_config(devices), self._progress)
+        self._capacity.learn(width, ready)
         for name, count in ready.counters.items():
             self._owner.metrics.count(name, count)
         self.width = width
         self.parts |= {"join_seconds": round(ready.join_seconds, 3), "load_seconds": round(ready.load_seconds, 3)}
-        degraded = width < self._config.tensor_parallel_size or self._batch_divisor > 1 or self._page_share < 1
+        degraded = self._capacity.is_reduced(width)
+        self._wants_standby = self._standby.wanted(devices, self._config)
         self._events.record(
             EventKind.DEGRADED if degraded else EventKind.READY,
             f"{width} of {self._config.tensor_parallel_size} devices serve",
@@ -208,28 +217,14 @@ class Supervisor:
         self.recovery.note_ready()
         self._owner.serve(group, degraded=degraded)
 
-    def _check_fit(self, devices: list[DeviceReport]) -> None:
-        """Refuses a model that can't fit before anything is loaded. A device not seen yet counts as those seen."""
-        self._devices |= dict(zip(self.slots, devices, strict=True))
-        everything = [self._devices.get(slot, devices[0]) for slot in range(1 + max(self._slots))]
-        self._allocator.place(everything, len(devices))
-
-    def _choose_slots(self) -> tuple[int, ...]:
-        """Devices for the next generation: as many as configured, or as there are left."""
-        usable = [slot for slot in self._slots if slot not in self._allocator.excluded]
-        width = min(self._config.tensor_parallel_size, len(usable))
-        if width < self._options.min_tensor_parallel_size:
-            raise RecoveryExhaustedError(
-                f"{len(usable)} of {len(self._slots)} devices are left, fewer than "
-                f"min_tensor_parallel_size={self._options.min_tensor_parallel_size}: {self._allocator.excluded}"
-            )
-        return tuple(usable[:width])
-
     def _watch(self) -> None:
         """Until something goes wrong, which is raised as GroupFault, a wider group can serve, or all closes."""
         group, since = self._group, time.monotonic()
         assert group is not None
+        self._standby.begin()
         while not self._closing.is_set() and not self._may_widen(since):
+            if self._wants_standby:
+                self._standby.tend(self.slots, self.monitor.clock.idle_seconds())
             for notice in group.poll(TICK):
                 fault_if_error(group, notice, serving=True)
                 if notice.kind is Kind.PROBED:
@@ -260,8 +255,7 @@ class Supervisor:
         ):
             return False
         assert self._manager is not None
-        here = [slot for slot in self._manager.hosts.here() if slot not in self._allocator.excluded]
-        return len(here) > self.width
+        return len(self._capacity.usable(self._manager.hosts.here())) > self.width
 
     def _widen(self) -> None:
         """Ends a group that is well, for a wider one; its requests are replayed as after a fault."""
@@ -286,16 +280,32 @@ class Supervisor:
 
     def _pids(self) -> list[int]:
         group = self._group
-        return [rank.pid for rank in group.ranks] if group is not None else []
+        own = [rank.pid for rank in group.ranks] if group is not None else []
+        return own + self._standby.pids()
 
-    def _note_unusable(self, finding: Finding) -> None:
+    def _slot_of(self, gpu: GpuSample) -> int | None:
+        if self._manager is None:
+            return None
+        return self._capacity.slot_of(gpu.pci_bus_id, gpu.index, self._manager.hosts.num_local)
+
+    def _note_unusable(self, gpu: GpuSample, text: str) -> None:
         """A GPU that only a reset mends is left out from the next start on, which comes at once if a rank uses it."""
-        if self._manager is None or finding.gpu >= self._manager.hosts.num_local:
-            return  # this machine's GPUs are the first slots, as far as they take part
-        self._allocator.exclude(finding.gpu, finding.text)
+        slot = self._slot_of(gpu)
+        if slot is None:
+            return
+        self._capacity.exclude(slot, text)
+        if gpu.lost:
+            self._lost_slots.add(slot)
         group = self._group
-        if group is not None and (hit := [rank.rank for rank in group.ranks if rank.slot == finding.gpu]):
-            self.suspect(group, Fault(FaultKind.DEVICE, finding.text, tuple(hit)))
+        if group is not None and (hit := [rank.rank for rank in group.ranks if rank.slot == slot]):
+            self.suspect(group, Fault(FaultKind.DEVICE, text, tuple(hit)))
+
+    def _note_back(self, gpu: GpuSample) -> None:
+        """A GPU that was left out because it was lost may be used again; `_may_widen` sees to it."""
+        slot = self._slot_of(gpu)
+        if slot in self._lost_slots:
+            self._lost_slots.discard(slot)
+            self._capacity.restore(slot)
 
     # --- faults
 
@@ -322,7 +332,7 @@ class Supervisor:
         self._kill()
         self.parts = {"kill_seconds": round(time.monotonic() - began, 3)}
         self._events.record(EventKind.KILLED, "the group was killed", generation=self.generation, **self.parts)
-        decision = self.recovery.decide(fault, slots, can_exclude=self._can_exclude(slots))
+        decision = self.recovery.decide(fault, slots, can_exclude=self._capacity.can_exclude(slots, self.width))
         if decision.action is Action.FAIL:
             self._give_up(fault, decision)
             return False
@@ -333,28 +343,16 @@ class Supervisor:
 
     def _apply(self, decision: Decision) -> None:
         if decision.action is Action.SHRINK_BATCH:
-            self._batch_divisor *= 2
+            self._capacity.shrink_batch()
         elif decision.action is Action.SHRINK_PAGES:
-            self._page_share /= 2
-            self._num_pages = {width: max(2, pages // 2) for width, pages in self._num_pages.items()}
+            self._capacity.shrink_pages()
         elif decision.action is Action.EXCLUDE:
             for slot in decision.slots:
-                self._allocator.exclude(slot, decision.reason)
+                self._capacity.exclude(slot, decision.reason)
                 self.recovery.forget_slot(slot)
         if decision.action is not Action.RESTART:
             message = f"{decision.action}: {decision.reason}"
             self._events.record(EventKind.DEGRADED, message, generation=self.generation)
-
-    def _can_exclude(self, slots: tuple[int, ...]) -> bool:
-        """Whether enough devices would be left, and the model would fit them."""
-        left = [slot for slot in self._slots if slot not in self._allocator.excluded and slot not in slots]
-        width = min(self._config.tensor_parallel_size, len(left))
-        if width < self._options.min_tensor_parallel_size or width < 1:
-            return False
-        try:
-            return width == self.width or self._allocator.fits(width)
-        except (ConfigError, MemoryBudgetError):
-            return False
 
     def _give_up(self, fault: Fault, decision: Decision) -> None:
         self._events.record(EventKind.EXHAUSTED, decision.reason, generation=self.generation)
@@ -367,6 +365,7 @@ class Supervisor:
 
     def _drain(self) -> None:
         """Lets the ranks end by themselves."""
+        self._standby.drop()
         group = self._group
         if group is None or not self._closing.is_set():
             return

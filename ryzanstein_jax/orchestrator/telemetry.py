@@ -132,8 +132,7 @@ class GpuTelemetry:
     """Reads the GPUs of this machine, all of them, whatever CUDA_VISIBLE_DEVICES says.
 
     Without the library, driver or GPUs, `available` is False, `reason` says why, and samples are empty: no error.
-    A GPU that was lost stays so: make a new `GpuTelemetry` after it was repaired. Parts of a GPU (MIG) are not told
-    apart.
+    A GPU that is lost is looked for again with each sample. Parts of a GPU (MIG) are not told apart.
     A call may take seconds while a GPU fails, so sample in a thread of its own. Thread-safe.
 
     Args:
@@ -159,14 +158,9 @@ class GpuTelemetry:
         self._nvml = nvml
         for index in range(self._ask("nvmlDeviceGetCount") or 0):
             gpu = _Gpu(index)
-            try:
-                gpu.handle = self._ask("nvmlDeviceGetHandleByIndex", index)
-                if gpu.handle is None:
-                    continue  # the driver counts it and won't let this user speak to it
-                self._open(gpu)
-            except _LostError:
-                gpu.lost = True
-            self._gpus.append(gpu)
+            self._find(gpu)
+            if gpu.lost or gpu.handle is not None:  # else the driver counts it and won't let this user speak to it
+                self._gpus.append(gpu)
         if not self._gpus:
             self.reason = "there is no GPU"
 
@@ -191,6 +185,14 @@ class GpuTelemetry:
             self._ask_safely("nvmlShutdown")
             self._gpus, self._nvml, self.reason = [], None, "closed"
 
+    def _find(self, gpu: _Gpu) -> None:
+        try:
+            gpu.handle = self._ask("nvmlDeviceGetHandleByIndex", gpu.index)
+            if gpu.handle is not None:
+                self._open(gpu)
+        except _LostError:
+            gpu.lost = True
+
     def _open(self, gpu: _Gpu) -> None:
         bus = self._ask("nvmlDeviceGetPciInfo", gpu.handle)
         gpu.identity = (
@@ -211,6 +213,8 @@ class GpuTelemetry:
         uuid, name, bus = gpu.identity
         xids = self._xids(gpu)
         found: dict[str, Any] = {}
+        if gpu.lost:
+            self._look_again(gpu)
         if not gpu.lost:
             try:
                 found = self._values(gpu)
@@ -219,6 +223,16 @@ class GpuTelemetry:
         return GpuSample(
             gpu.index, uuid, name, bus, lost=gpu.lost, reset_required=gpu.reset_required, xids=xids, **found
         )
+
+    def _look_again(self, gpu: _Gpu) -> None:
+        """Takes a lost GPU in again where it is there, and not another one by its number."""
+        again = _Gpu(gpu.index)
+        self._find(again)
+        is_back = not again.lost and again.handle is not None and gpu.identity[0] in (None, again.identity[0])
+        kept, dropped = (again, gpu) if is_back else (gpu, again)
+        if dropped.events is not None:
+            self._ask_safely("nvmlEventSetFree", dropped.events)
+        gpu.handle, gpu.events, gpu.identity, gpu.lost = kept.handle, kept.events, kept.identity, kept.lost
 
     def _values(self, gpu: _Gpu) -> dict[str, Any]:
         nvml, handle = self._nvml, gpu.handle

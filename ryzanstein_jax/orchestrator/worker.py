@@ -12,12 +12,13 @@ import queue
 import threading
 import time
 import traceback
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ryzanstein_jax.config import EngineConfig
 from ryzanstein_jax.errors import RyzansteinError
 from ryzanstein_jax.orchestrator import runtime
-from ryzanstein_jax.orchestrator.devices import DeviceReport
+from ryzanstein_jax.orchestrator.devices import DeviceReport, cuda_bus_id
 from ryzanstein_jax.orchestrator.faults import FaultPlan, InjectedFault
 from ryzanstein_jax.orchestrator.frames import Channel, ChannelClosedError, FrameError, Kind, parse_json
 from ryzanstein_jax.orchestrator.status import Heartbeat, Phase, RankSpec
@@ -41,7 +42,7 @@ class Worker:
     def __init__(self, spec: RankSpec, control: Channel, steps: Channel):
         self._spec, self._control, self._steps = spec, control, steps
         self._beat = Heartbeat()
-        self._orders: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self._orders: queue.SimpleQueue[tuple[Kind, dict[str, Any]]] = queue.SimpleQueue()
         self._collecting: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._fault = FaultPlan.parse(spec.fault, spec.rank, spec.generation)
         self._executor: LocalExecutor | None = None
@@ -52,7 +53,7 @@ class Worker:
         try:
             self._join()
             threading.Thread(target=self._listen, name="control", daemon=True).start()
-            self._load(self._orders.get())
+            self._load(*self._orders.get())
             self._serve()
         except ChannelClosedError:
             return
@@ -85,7 +86,7 @@ class Worker:
             },
         )
 
-    def _load(self, order: dict[str, Any]) -> None:
+    def _load(self, kind: Kind, order: dict[str, Any]) -> None:
         from ryzanstein_jax.checkpoint.files import resolve_model
         from ryzanstein_jax.engine.local import LocalExecutor
         from ryzanstein_jax.model.families import spec_from_config
@@ -104,8 +105,17 @@ class Worker:
         restarted = self._spec.generation > 1  # whoever ran is replayed: full steps come first
         full = (config.max_num_seqs, config.max_num_batched_tokens)
         first = [full, (full[0], 0)] if restarted else [(0, 1), (1, 0)]
-        executor = self._executor = LocalExecutor(config, files, spec, progress=progress, first=first, hurry=restarted)
-        self._prepare_probe()
+        executor = self._executor = LocalExecutor(
+            config,
+            files,
+            spec,
+            progress=progress,
+            first=first,
+            hurry=restarted,
+            pause=partial(self._await_start, order) if kind is Kind.PREPARE else None,
+        )
+        if kind is Kind.START:
+            self._prepare_probe()
         self._beat.phase = Phase.SERVING
         self._control.send_json(
             Kind.READY,
@@ -116,6 +126,16 @@ class Worker:
                 "counters": executor.metrics.snapshot()["counters"],
             },
         )
+
+    def _await_start(self, prepared: dict[str, Any]) -> None:
+        """What a standby does between its programs and the weights."""
+        self._prepare_probe()
+        self._beat.phase = Phase.PREPARED
+        self._control.send_json(Kind.PREPARED, {})
+        _, order = self._orders.get()
+        if order["config"] != prepared["config"]:
+            raise FrameError("it is to serve with other settings than it was prepared for")
+        self._beat.phase = Phase.LOADING
 
     def _serve(self) -> None:
         executor = self._executor
@@ -168,8 +188,8 @@ class Worker:
             self._report(error)
 
     def _obey(self, kind: Kind, payload: bytes) -> None:
-        if kind is Kind.START:
-            self._orders.put(parse_json(payload))
+        if kind in (Kind.START, Kind.PREPARE):
+            self._orders.put((kind, parse_json(payload)))
         elif kind is Kind.PING:
             self._control.send(Kind.PONG, payload)
         elif kind is Kind.PROBE:
@@ -260,4 +280,5 @@ def report_device(device: Any, index: int, rank: int) -> DeviceReport:
         memory_bytes=device_bytes(1, device),
         host=os.uname().nodename,
         rank=rank,
+        pci_bus_id=cuda_bus_id(device.local_hardware_id) if device.platform == "gpu" else "",
     )

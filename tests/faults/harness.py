@@ -20,8 +20,13 @@ SETTINGS: dict[str, Any] = dict(
     tensor_parallel_size=2, max_num_seqs=16, max_num_batched_tokens=64, max_model_len=64, progress=False
 )
 #: Patient enough for a machine with other work, and never worn out: tests fault the same group again and again.
+#: Without a standby: all that can go wrong with a start has to be seen.
 OPTIONS: dict[str, Any] = dict(
-    max_restart_attempts=1000, max_device_failures=1000, restart_backoff_sec=0.0, health_check_interval_sec=0.5
+    max_restart_attempts=1000,
+    max_device_failures=1000,
+    restart_backoff_sec=0.0,
+    health_check_interval_sec=0.5,
+    standby=False,
 )
 NUM_STREAMS = 16
 

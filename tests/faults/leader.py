@@ -1,7 +1,8 @@
-"""A leader that serves and waits to be killed; prints the pids of all its processes."""
+"""A leader that serves, with a standby, and waits to be killed; prints the pids of all its processes."""
 
 import json
 import sys
+import time
 
 import psutil
 
@@ -10,8 +11,11 @@ from ryzanstein_jax import LLM
 
 def main() -> None:
     settings = json.loads(sys.argv[1])
-    llm = LLM(settings.pop("model"), executor="processes", **settings)
+    llm = LLM(settings.pop("model"), executor="processes", orchestrator={"standby": True}, **settings)
     llm.generate([[1, 2, 3]], use_tqdm=False)
+    assert llm.orchestrator is not None
+    while not (llm.orchestrator.status()["standby"] or {}).get("prepared"):
+        time.sleep(0.02)
     print(json.dumps([child.pid for child in psutil.Process().children(recursive=True)]), flush=True)
     while True:
         llm.generate([[1, 2, 3]] * 8, use_tqdm=False)

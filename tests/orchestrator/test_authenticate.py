@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from ryzanstein_jax.errors import ConfigError
 from ryzanstein_jax.orchestrator.frames import Channel, ChannelClosedError, FrameError, Kind, authenticate
 from ryzanstein_jax.plan import MAX_PLAN_BYTES
 
@@ -68,7 +69,7 @@ def test_both_know_the_secret(ends):
     assert right.receive(1.0) == (Kind.PLAN, b"x" * 1000), "from here on large frames are fine"
 
 
-@pytest.mark.parametrize("secrets", [(SECRET, b"open barley"), (b"", SECRET), (SECRET, SECRET + b"!")])
+@pytest.mark.parametrize("secrets", [(SECRET, b"open barley"), (b"x", SECRET), (SECRET, SECRET + b"!")])
 def test_with_another_secret_both_refuse(ends, secrets):
     for error in both(ends, secrets):
         assert isinstance(error, FrameError) and "does not know the secret" in str(error)
@@ -223,3 +224,10 @@ def test_no_code_path_unpickles():
                 assert called not in ("eval", "exec"), f"{path.name}:{node.lineno} runs what it reads"
             found = {name for name in names if name.split(".")[0] in banned}
             assert not found, f"{path.name}:{node.lineno} imports {found}"
+
+
+@pytest.mark.parametrize("leader", [True, False])
+def test_an_empty_secret_is_refused_before_anything_is_said(ends, leader):
+    with pytest.raises(ConfigError, match="empty"):
+        authenticate(ends[0], b"", leader=leader)
+    assert ends[1].receive(0.05) is None

@@ -215,7 +215,7 @@ def test_summary_is_plain_values(clock):
     first, second = summary.pop("ranks")
     assert first == {
         "rank": 0, "slot": 10, "pid": -1, "phase": "serving", "silent_seconds": 0.0, "received": 7, "dispatched": 6,
-        "done": 5,
+        "done": 5, "memory_bytes": None, "collective_bytes": 0,
     }  # fmt: skip
     assert second["silent_seconds"] == 0.5
     assert summary.pop("oldest_step_seconds") == pytest.approx(0.5)

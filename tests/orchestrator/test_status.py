@@ -41,7 +41,7 @@ def test_any_bytes_are_a_heartbeat_or_refused(data):
         b"",
         Heartbeat().to_bytes()[:-1],
         Heartbeat().to_bytes() + b"\0",
-        b"\4" + Heartbeat().to_bytes()[1:],
+        b"\xff" + Heartbeat().to_bytes()[1:],
         Heartbeat(Phase.SERVING, 1, -1, 0).to_bytes(),
     ],
     ids=["nothing", "short", "long", "phase", "negative"],

@@ -111,6 +111,27 @@ def test_a_gpu_falls_off_the_bus():
     assert not nvml.open_sets and nvml.started == 0
 
 
+def test_a_gpu_that_comes_back_is_seen_again_with_its_events():
+    gpus = FakeGpu(uuid="GPU-a"), FakeGpu(uuid="GPU-b")
+    telemetry, nvml = open_fake(*gpus)
+    gpus[0].lost = True
+    for _ in range(3):
+        assert [gpu.lost for gpu in telemetry.sample().gpus] == [True, False]
+    gpus[0].xids.append(79)
+    assert telemetry.sample().gpus[0].xids == (79,), "also while nothing else can be asked of it"
+    gpus[0].lost = False
+    gpus[0].uuid = "GPU-c"
+    assert telemetry.sample().gpus[0].lost, "another one by its number is not it"
+    gpus[0].uuid = "GPU-a"
+    back = telemetry.sample().gpus[0]
+    assert (back.lost, back.uuid, back.temperature) == (False, "GPU-a", 50)
+    gpus[0].xids.append(31)
+    assert telemetry.sample().gpus[0].xids == (31,)
+    assert len(nvml.open_sets) == 2, "none is left of the looks in between"
+    telemetry.close()
+    assert not nvml.open_sets
+
+
 def test_a_gpu_is_lost_in_the_middle_of_a_sample():
     telemetry, _ = open_fake(FakeGpu(missing={"nvmlDeviceGetPcieReplayCounter": pynvml.NVML_ERROR_GPU_IS_LOST}))
     (sample,) = telemetry.sample().gpus
