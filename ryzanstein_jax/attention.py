@@ -4,13 +4,13 @@ The reference reads the pages in blocks with a running softmax, and only those i
 data, so no program depends on how long the context is. A decode token attends to *items*, the blocks of its
 own sequence, and many items of all sequences are read at a time, so that a short sequence costs little beside a
 long one. Blocks that many sequences share are read once for all of them. Prompt chunks are cut into tiles of
-queries of one sequence, and each tile walks the pages up to its last query.
+queries of one sequence, and a few tiles that reach about as far walk the pages together, up to their last query.
 
 Attention is sharded by KV slot and needs no communication, which `shard_map` states.
 
 Array names end in their dims: T tokens, K KV slots, Q query heads per slot, H head_dim, D decode
-tokens, C prompt tokens, N sequences, I items, J shared blocks, B queries of a tile, L positions of a block, P pages
-of a block, W page-table width, X whatever stands for queries.
+tokens, C prompt tokens, N sequences, I items, J shared blocks, G tiles at a time, B queries of a tile, L positions of
+a block, P pages of a block, W page-table width, X whatever stands for queries.
 """
 
 from __future__ import annotations
@@ -26,13 +26,18 @@ from jax.sharding import PartitionSpec
 from ryzanstein_jax import kv_cache
 
 #: Queries in a tile of a prompt chunk, and positions of a block of pages; chosen by measurement on CPUs.
-TILE = 64
+TILE = 32
 BLOCK = 128
+
+#: Tiles of prompt chunks that are computed at a time.
+TILES = 4
 
 #: Decode tokens that a block must have in common for reading it once to pay.
 SHARERS = 8
 
 _MASKED = -1e30
+#: The maximum of no scores: so far above masked ones that their weights are zero beside it.
+_NOTHING = -1e29
 
 
 class AttentionPlan(NamedTuple):
@@ -50,10 +55,11 @@ class AttentionPlan(NamedTuple):
         shared_members: int32 [J, D], 1 for the decode tokens that attend to the block.
         num_shared: int32 [], how many shared blocks are real.
         prefill_tables: int32 [N, W], pages of each prompt chunk's sequence.
-        tile_starts: int32 [M], first token of each tile, counted from the first prompt token. Tiles
-            are in order; one may run over the end of its chunk, where the next tile overwrites it.
+        tile_starts: int32 [M], first token of each tile, counted from the first prompt token; those that reach
+            furthest come first. M is a multiple of TILES, and copies of the last tile fill up.
         tile_seqs: int32 [M], row of `prefill_tables`.
         tile_positions: int32 [M], position of each tile's first token in its sequence.
+        tile_lens: int32 [M], how many tokens each tile has, at most TILE; 0 for padding.
         num_tiles: int32 [], how many tiles are real.
     """
 
@@ -71,12 +77,13 @@ class AttentionPlan(NamedTuple):
     tile_starts: jax.Array
     tile_seqs: jax.Array
     tile_positions: jax.Array
+    tile_lens: jax.Array
     num_tiles: jax.Array
 
 
 def max_tiles(prefill_tokens: int, max_prefills: int) -> int:
-    """Most tiles that chunks of that many tokens together can need."""
-    return prefill_tokens // TILE + max_prefills if prefill_tokens else 0
+    """Most tiles that chunks of that many tokens together can need, up to a multiple of TILES."""
+    return -(-(prefill_tokens // TILE + max_prefills) // TILES) * TILES if prefill_tokens else 0
 
 
 def pages_per_block(page_size: int) -> int:
@@ -211,38 +218,39 @@ def _join(carry, item_carry, owns_DI):  # type: ignore[no-untyped-def]
 
 
 def _prefill(q_CKQH, keys, values, plan, window, update):  # type: ignore[no-untyped-def]
-    """Tiles of queries of one sequence each, every tile against the pages up to its last query."""
+    """A few tiles of queries at a time, against the pages up to the last query of any of them."""
     page_size = keys.shape[2]
     span = pages_per_block(page_size) * page_size
     tables_NWP = _block_tables(plan.prefill_tables, page_size)
-    # Room for a tile that begins at the last token: a slice that does not fit would be moved back.
-    q_CKQH = jnp.pad(q_CKQH, ((0, TILE), (0, 0), (0, 0), (0, 0)))
     num_slots, queries, head_dim = q_CKQH.shape[1:]
 
-    def tile_body(tile, out_CKQH):  # type: ignore[no-untyped-def]
-        start, position = plan.tile_starts[tile], plan.tile_positions[tile]
-        q_BKQH = jax.lax.dynamic_slice_in_dim(q_CKQH, start, TILE)
-        q_KXH = q_BKQH.transpose(1, 2, 0, 3).reshape(1, num_slots, queries * TILE, head_dim)
-        rows_WX = _rows(tables_NWP[plan.tile_seqs[tile]], num_slots)
-        positions_B = position + jnp.arange(TILE)
-        first = 0 if window is None else jnp.maximum(position - window + 1, 0) // span
-        last = jnp.minimum(-(-(position + TILE) // span), tables_NWP.shape[1])
+    def group_body(group, out_CKQH):  # type: ignore[no-untyped-def]
+        starts_G, seqs_G, first_G, lens_G = (
+            jax.lax.dynamic_slice_in_dim(x, group * TILES, TILES)
+            for x in (plan.tile_starts, plan.tile_seqs, plan.tile_positions, plan.tile_lens)
+        )
+        tokens_GB = starts_G[:, None] + jnp.arange(TILE)
+        q_GBKQH = jnp.take(q_CKQH, tokens_GB, axis=0, mode="clip")
+        q_GKXH = q_GBKQH.transpose(0, 2, 3, 1, 4).reshape(TILES, num_slots, queries * TILE, head_dim)
+        positions_GB = first_G[:, None] + jnp.arange(TILE)
+        begin = 0 if window is None else jnp.maximum(jnp.min(first_G) - window + 1, 0) // span
+        end = jnp.minimum(-(-(jnp.max(first_G) + TILE) // span), tables_NWP.shape[1])
 
         def block_body(block, carry):  # type: ignore[no-untyped-def]
-            k_NKLH, v_NKLH = _read_blocks(keys, values, rows_WX[block])
+            k_GKLH, v_GKLH = _read_blocks(keys, values, _rows(tables_NWP[seqs_G, block], num_slots))
             positions_L = block * span + jnp.arange(span)
-            seen_BL = positions_L[None, :] <= positions_B[:, None]
+            seen_GBL = positions_L <= positions_GB[:, :, None]
             if window is not None:
-                seen_BL &= positions_L[None, :] > positions_B[:, None] - window
-            seen_XL = jnp.tile(seen_BL, (queries, 1))
-            return update(carry, q_KXH, k_NKLH, v_NKLH, seen_XL[None, None])
+                seen_GBL &= positions_L > positions_GB[:, :, None] - window
+            return update(carry, q_GKXH, k_GKLH, v_GKLH, jnp.tile(seen_GBL, (1, queries, 1))[:, None])
 
-        tile_out = _finish(jax.lax.fori_loop(first, last, block_body, _start(q_KXH)), q_CKQH.dtype)
-        tile_BKQH = tile_out.reshape(num_slots, queries, TILE, head_dim).transpose(2, 0, 1, 3)
-        return jax.lax.dynamic_update_slice_in_dim(out_CKQH, tile_BKQH, start, 0)
+        out_GKXH = _finish(jax.lax.fori_loop(begin, end, block_body, _start(q_GKXH)), q_CKQH.dtype)
+        out_GBKQH = out_GKXH.reshape(TILES, num_slots, queries, TILE, head_dim).transpose(0, 3, 1, 2, 4)
+        # What runs over the end of a tile goes nowhere.
+        places_GB = jnp.where(jnp.arange(TILE) < lens_G[:, None], tokens_GB, q_CKQH.shape[0])
+        return out_CKQH.at[places_GB].set(out_GBKQH, mode="drop")
 
-    out = jax.lax.fori_loop(0, plan.num_tiles, tile_body, jnp.zeros_like(q_CKQH))
-    return out[:-TILE]
+    return jax.lax.fori_loop(0, -(-plan.num_tiles // TILES), group_body, jnp.zeros_like(q_CKQH))
 
 
 def _block_tables(tables_NW: jax.Array, page_size: int) -> jax.Array:
@@ -283,7 +291,7 @@ def _start(q_NKXH: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Running maximum, sum and weighted values of a softmax that has seen nothing."""
     rows = (*q_NKXH.shape[:-1], 1)
     return (
-        jnp.full(rows, _MASKED, jnp.float32),
+        jnp.full(rows, _NOTHING, jnp.float32),
         jnp.zeros(rows, jnp.float32),
         jnp.zeros(q_NKXH.shape, jnp.float32),
     )
@@ -297,8 +305,7 @@ def _update(carry, q_NKXH, k_NKLH, v_NKLH, seen, *, scale, softcap):  # type: ig
         scores = softcap * jnp.tanh(scores / softcap)
     scores = jnp.where(seen, scores, _MASKED)
     new_maximum = jnp.maximum(maximum, jnp.max(scores, axis=-1, keepdims=True))
-    # Masked scores are zeroed too: in a row that has seen nothing yet they equal the maximum.
-    weights = jnp.where(seen, jnp.exp(scores - new_maximum), 0.0)
+    weights = jnp.exp(scores - new_maximum)
     decay = jnp.exp(maximum - new_maximum)
     added = jnp.einsum("nkxl,nklh->nkxh", weights.astype(v_NKLH.dtype), v_NKLH, preferred_element_type=jnp.float32)
     return new_maximum, total * decay + jnp.sum(weights, axis=-1, keepdims=True), values * decay + added

@@ -77,7 +77,7 @@ def bucket_ladder(max_num_seqs: int, max_prefill_tokens: int, *, smallest_decode
 
     ladder = [bucket(d, 0, d) for d in decodes]
     for chunk in chunks:
-        if max_num_seqs > chunk // 8:  # else the unused decode tokens cost next to nothing
+        if max_num_seqs >= chunk // 16:  # else the unused decode tokens cost next to nothing
             ladder.append(bucket(0, chunk, prefills))
         ladder.append(bucket(max_num_seqs, chunk, max_num_seqs + prefills))
     return sorted(set(ladder), key=lambda b: (b.tokens, b.rows))
@@ -140,6 +140,7 @@ class StepLayout(Layout):
                 "tile_starts": ((tiles,), np.int32),
                 "tile_seqs": ((tiles,), np.int32),
                 "tile_positions": ((tiles,), np.int32),
+                "tile_lens": ((tiles,), np.int32),
                 "num_tiles": ((), np.int32),
                 "row_tokens": ((b.rows,), np.int32),
                 "pools": ((b.prefills, 2), np.int32),
@@ -162,19 +163,25 @@ class StepLayout(Layout):
         if d:
             self._pack_blocks(plan.page_tables[:d], plan.positions[:d], view)
         view["prefill_tables"][: plan.num_prefills, :width] = plan.page_tables[d:, :width]
-        tile, start = 0, 0
-        for row, length in enumerate(plan.query_lens[d:].tolist()):
-            for first in range(start, start + length, TILE):
-                view["tile_starts"][tile] = first
-                view["tile_seqs"][tile] = row
-                view["tile_positions"][tile] = plan.positions[d + first]
-                tile += 1
-            start += length
-        view["num_tiles"][...] = tile
+        if c:
+            self._pack_tiles(plan.query_lens[d:], plan.positions[d:], view)
         tokens = plan.rows["token"]
         view["row_tokens"][: len(tokens)] = np.where(tokens < d, tokens, tokens + b.decodes - d)
         view["pools"][: len(plan.pools)] = plan.pools - d  # places among the prompt tokens
         return flat
+
+    def _pack_tiles(self, lens: np.ndarray, positions: np.ndarray, view: dict[str, np.ndarray]) -> None:
+        """The prompt chunks cut into tiles, those that reach furthest first."""
+        tiles_of = -(-lens // TILE)
+        seqs = np.repeat(np.arange(len(lens)), tiles_of)
+        numbers = np.arange(len(seqs)) - np.repeat(np.cumsum(tiles_of) - tiles_of, tiles_of)
+        starts = (np.cumsum(lens) - lens)[seqs] + numbers * TILE
+        order = np.argsort(-positions[starts], kind="stable")
+        for name, values in (("starts", starts), ("seqs", seqs), ("positions", positions[starts])):
+            view[f"tile_{name}"][: len(order)] = values[order]
+            view[f"tile_{name}"][len(order) :] = values[order[-1]]
+        view["tile_lens"][: len(order)] = np.minimum(lens[seqs] - numbers * TILE, TILE)[order]
+        view["num_tiles"][...] = len(order)
 
     def _pack_blocks(self, tables: np.ndarray, positions: np.ndarray, view: dict[str, np.ndarray]) -> None:
         """Which blocks of its pages each decode token reads: alone, or with others that share them."""
@@ -285,5 +292,6 @@ def attention_plan(fields: dict[str, jax.Array]) -> AttentionPlan:
         tile_starts=fields["tile_starts"],
         tile_seqs=fields["tile_seqs"],
         tile_positions=fields["tile_positions"],
+        tile_lens=fields["tile_lens"],
         num_tiles=fields["num_tiles"],
     )

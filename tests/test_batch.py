@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ryzanstein_jax.attention import TILE, max_tiles
+from ryzanstein_jax.attention import TILE, TILES, max_tiles
 from ryzanstein_jax.batch import MAX_PREFILLS, Bucket, FullRowLayout, RowLayout, StepLayout, bucket_ladder
 from ryzanstein_jax.plan import BIAS, ROW, StepPlan
 from tests.support import make_plan
@@ -108,7 +108,8 @@ def test_packed_step(name):
             assert fields["positions"][place] == position
             assert fields["slots"][place] == table[position // PAGE] * PAGE + position % PAGE
             if sequence >= decodes and offset % TILE == 0:
-                tiles.append((index - decodes, sequence - decodes, position))
+                size = min(TILE, int(plan.query_lens[sequence]) - offset)
+                tiles.append((index - decodes, sequence - decodes, position, size))
         kind, row = ("decode", sequence) if sequence < decodes else ("prefill", sequence - decodes)
         assert fields[f"{kind}_tables"][row][: len(table)].tolist() == table.tolist()
         assert not fields[f"{kind}_tables"][row][len(table) :].any()
@@ -116,8 +117,11 @@ def test_packed_step(name):
             assert fields["decode_lens"][row] == plan.positions[begin] + 1
         begin += length
     assert fields["num_tiles"] == len(tiles)
-    found = zip(fields["tile_starts"], fields["tile_seqs"], fields["tile_positions"], strict=True)
-    assert [tuple(map(int, tile)) for tile in found][: len(tiles)] == tiles
+    found = zip(*(fields[f"tile_{name}"] for name in ("starts", "seqs", "positions", "lens")), strict=True)
+    found = [tuple(map(int, tile)) for tile in found]
+    assert found[: len(tiles)] == sorted(tiles, key=lambda tile: -tile[2]), "those that reach furthest come first"
+    assert all(tile == (*found[len(tiles) - 1][:3], 0) for tile in found[len(tiles) :] if tiles), "padding adds no work"
+    assert len(found) % TILES == 0
     assert fields["row_tokens"][: len(plan.rows)].tolist() == [place_of_token[t] for t in plan.rows["token"]]
     padding = np.setdiff1d(np.arange(bucket.tokens), place_of_token)
     assert not fields["slots"][padding].any(), "padding writes to the scratch page"
