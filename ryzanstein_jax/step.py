@@ -38,6 +38,7 @@ from ryzanstein_jax.sampling import Bias, FullRows, Rows, SampleResult, full_sam
 from ryzanstein_jax.sharding import RULES, PaddedSizes, named_sharding
 
 Params = tuple[jax.Array, ...]
+_CPU_OPTIONS = {"xla_cpu_prefer_vector_width": 512}  # else XLA keeps to half of the widest vectors
 
 
 @dataclass(frozen=True)
@@ -218,6 +219,7 @@ class StepPrograms:
                     jax.tree.map(lambda s: s.sharding, cache),
                     self.replicated,
                 ),
+                compiler_options=_CPU_OPTIONS if self.mesh.devices.flat[0].platform == "cpu" else None,
             )
             return jitted.lower(
                 self.param_shapes,
@@ -314,11 +316,10 @@ class StepPrograms:
         Raises:
             MemoryBudgetError: this backend doesn't tell.
         """
-        if self.store is not None and bucket not in self.forwards:
-            known = self.store.temporaries(self._key("forward", bucket))
+        if bucket not in self.forwards:
+            known = self.store.temporaries(self._key("forward", bucket)) if self.store is not None else None
             if known is not None:
                 return known
-        if bucket not in self.forwards:
             self.forwards.add(bucket)
         return int(memory_analysis(self.forwards[bucket]).temp_size_in_bytes)
 
