@@ -24,7 +24,13 @@ from ryzanstein_jax.checkpoint.files import SNAPSHOT_POOLING, ModelFiles, open_s
 from ryzanstein_jax.checkpoint.source import WeightSource
 from ryzanstein_jax.config import EngineConfig
 from ryzanstein_jax.engine.open import open_model, save_tokenizer
-from ryzanstein_jax.engine.process import prepare_process, return_host_memory, settle_host_memory, step_back
+from ryzanstein_jax.engine.process import (
+    prepare_process,
+    return_host_memory,
+    settle_host_memory,
+    step_back,
+    use_huge_pages,
+)
 from ryzanstein_jax.engine.profiled import ProfiledRunner, profile_folder
 from ryzanstein_jax.engine.report import RankUsage, SetupReport
 from ryzanstein_jax.engine.runner import Runner
@@ -165,7 +171,14 @@ class LocalExecutor:
             num_loaded=self.metrics.counter("executables_loaded"),
         )
         self._last_step = time.monotonic()
-        self._background = BackgroundLoader(postponed, loaded.keep, self._idle_seconds)
+
+        def afterwards() -> None:
+            if device.platform == "cpu":
+                use_huge_pages(loaded.params)
+            if loaded.keep is not None:
+                loaded.keep()
+
+        self._background = BackgroundLoader(postponed, afterwards, self._idle_seconds)
         self._meter = UsageMeter(programs, runner, mesh.local_devices)
 
     def submit(self, plan: StepPlan) -> None:

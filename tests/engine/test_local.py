@@ -1,6 +1,7 @@
 """The joined engine on tiny models: nothing compiles while requests run, and a request's tokens are its own affair."""
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -11,6 +12,7 @@ from ryzanstein_jax.engine import local
 from ryzanstein_jax.engine.engine import Engine
 from ryzanstein_jax.engine.local import LocalExecutor
 from ryzanstein_jax.engine.open import open_model
+from ryzanstein_jax.engine.process import use_huge_pages
 from ryzanstein_jax.errors import ConfigError, EngineClosedError, MemoryBudgetError
 from ryzanstein_jax.memory import weight_bytes
 from ryzanstein_jax.plan import StepPlan, StepResult
@@ -263,3 +265,14 @@ def test_what_cannot_fit_is_refused_before_loading(monkeypatch, settings, error,
 
     with pytest.raises(error, match=message):
         start()
+
+
+def test_huge_pages_change_nothing_but_where_arrays_lie():
+    arrays = [jax.device_put(np.full((1 << 20) + 1, index, np.float32)) for index in range(4)]
+    places = [array.unsafe_buffer_pointer() for array in arrays]
+    moved = use_huge_pages(arrays)
+    mapped = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if mapped.exists() and "[never]" not in mapped.read_text():
+        assert 0 < moved <= sum(array.nbytes for array in arrays)
+    assert [array.unsafe_buffer_pointer() for array in arrays] == places
+    assert all((np.asarray(array) == index).all() for index, array in enumerate(arrays))
