@@ -23,7 +23,9 @@ _bench = pytest.StashKey[Bench]()
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("bench")
     group.addoption("--model", default="smollm2", help="what LLM() takes")
-    group.addoption("--tp", type=int, default=1, help="tensor-parallel size of this package's side")
+    group.addoption(
+        "--tp", type=_widths, default="1", help="tensor-parallel size of this package's side; of scaling all, as in 1,2"
+    )
     group.addoption(
         "--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of this package's side"
     )
@@ -32,7 +34,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--runs", type=int, default=3, help="measured repetitions")
     group.addoption("--hf-python", help="one with torch and transformers; default: this, if it has them; '': none")
     group.addoption("--json", type=Path, default=ROOT / "bench" / "results", help="folder of the results")
+    group.addoption("--compare", type=Path, help="scaling: folder of the earlier results; default: that of --json")
     group.addoption("--smoke", action="store_true", help="tiny sizes, to see that the benchmarks run")
+
+
+def _widths(text: str) -> list[int]:
+    widths = [int(part) for part in text.split(",")]
+    if min(widths) < 1:
+        raise ValueError(text)
+    return widths
 
 
 @pytest.hookimpl(trylast=True)
@@ -55,7 +65,7 @@ def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
         hf_python = sys.executable
     settings = {
         "model": option("--model"), "dtype": option("--dtype"), "quantization": option("--quantization"),
-        "tensor_parallel_size": option("--tp"),
+        "tensor_parallel_size": max(option("--tp")),
     }  # fmt: skip
     sizes = SMOKE if option("--smoke") else Sizes()
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:

@@ -192,9 +192,9 @@ class Bench:
     def write(self, name: str, content: Mapping[str, Any], table: Table) -> None:
         """Writes a result with what it was measured on, and keeps its table for the end of the run."""
         content = {
-            **content,
             **self.settings,
             "their_dtype": self.their_dtype,
+            **content,
             "machine": describe_machine(),
             "commit": self.commit,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -33,6 +33,11 @@ class Worker:
             [python, "-m", module], cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
+    @property
+    def pid(self) -> int:
+        """Of the process."""
+        return self._process.pid
+
     def call(self, operation: str, **arguments: Any) -> dict[str, Any]:
         """What the worker's handler of that name returns.
 

@@ -1,0 +1,286 @@
+"""Strong scaling: the same work on more devices, one core each, in turns; what of it is communication; predictions."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import psutil
+
+from bench.harness import WrongResult, draw
+from bench.machine import num_cores, other_cpu_seconds
+from bench.protocol import Worker
+from ryzanstein_jax.collectives.job import Job, run_job
+from ryzanstein_jax.model.spec import ModelSpec
+from ryzanstein_jax.planner import Step, predict
+from ryzanstein_jax.planner.calibration import Calibration, Measured
+from ryzanstein_jax.planner.devices import Device
+
+Steps = list[dict[str, Any]]
+
+#: What `ryzanstein_jax.collectives` calls the collectives of a compiled program that it has another name for.
+_OPERATIONS = {"collective-permute": "send-recv"}
+#: Least share of the requests whose first token has to be the same at all widths; others are ties.
+_SAME = 0.9
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Requests that arrive together, and which of their steps count.
+
+    Attributes:
+        name: for people.
+        requests: (how many, tokens in, tokens out).
+        decodes: of a step that counts.
+        prefill: whether a step that counts computes prompt tokens.
+    """
+
+    name: str
+    requests: tuple[tuple[int, int, int], ...]
+    decodes: int
+    prefill: bool
+
+    def prompts(self, vocab_size: int, seed: int) -> list[list[int]]:
+        return draw([length for count, length, _ in self.requests for _ in range(count)], vocab_size, seed)
+
+    @property
+    def max_tokens(self) -> list[int]:
+        return [out for count, _, out in self.requests for _ in range(count)]
+
+    def counted(self, steps: Steps) -> Steps:
+        """The steps that count.
+
+        Raises:
+            WrongResult: there are none.
+        """
+        found = [s for s in steps if s["asked_decodes"] == self.decodes and bool(s["asked_prefill"]) == self.prefill]
+        if not found:
+            raise WrongResult(f"{self.name}: no step of the kind that counts in {len(steps)} steps")
+        return found
+
+
+@contextmanager
+def cores(chosen: Sequence[int]) -> Iterator[None]:
+    """What is started meanwhile runs on these cores, by their place among those that this process may use."""
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {sorted(allowed)[place] for place in chosen})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, allowed)
+
+
+class Group:
+    """One width: an engine on as many cores as it has devices, whose processes stand still unless it is its turn."""
+
+    def __init__(self, width: int, settings: Mapping[str, Any]):
+        self.width = width
+        with cores(range(width)):
+            self._worker = Worker(sys.executable, "bench.scaling_worker")
+        try:
+            self._worker.call("start", **settings, tensor_parallel_size=width)
+            self.description = self._worker.call("describe")
+        except BaseException:
+            self._worker.close()
+            raise
+        self._stopped: list[psutil.Process] = []
+
+    def run(self, workload: Workload, prompts: list[list[int]]) -> tuple[list[list[int]], Steps]:
+        """Tokens, and the steps that count."""
+        self.wake()
+        try:
+            reply = self._worker.call("steps_of", prompts=prompts, max_tokens=workload.max_tokens)
+        finally:
+            self.sleep()
+        return reply["tokens"], workload.counted(reply["steps"])
+
+    def sleep(self) -> None:
+        """Stops all of its processes: ranks that wait for work still poll, and would take from the others' cores."""
+        leader = psutil.Process(self._worker.pid)
+        self._stopped = [leader, *leader.children(recursive=True)]
+        for process in self._stopped:
+            process.suspend()
+
+    def wake(self) -> None:
+        for process in reversed(self._stopped):
+            process.resume()
+        self._stopped = []
+
+    def close(self) -> None:
+        self.wake()
+        self._worker.close()
+
+
+@contextmanager
+def groups(widths: Sequence[int], settings: Mapping[str, Any]) -> Iterator[list[Group]]:
+    """A group of each width."""
+    with ExitStack() as stack:
+        made = []
+        for width in widths:
+            made.append(stack.enter_context(closing(Group(width, settings))))
+            made[-1].sleep()
+        yield made
+
+
+@dataclass
+class Rounds:
+    """What was measured: by workload and width, one entry a round.
+
+    Attributes:
+        steps: the counted steps of each round.
+        first_tokens, same: first tokens that were compared with those of width 1, and those that were equal.
+        others: share of the machine's processors that something else took meanwhile.
+    """
+
+    steps: dict[str, dict[int, list[Steps]]]
+    first_tokens: int = 0
+    same: int = 0
+    others: float = 0.0
+
+    def all_steps(self, width: int) -> Steps:
+        return [step for runs in self.steps.values() for steps in runs[width] for step in steps]
+
+    def seconds(self, workload: str, width: int) -> list[float]:
+        """Mean time of a step, by round."""
+        return [statistics.fmean(step["seconds"] for step in steps) for steps in self.steps[workload][width]]
+
+    def speedups(self, workload: str, width: int) -> list[float]:
+        """Time on one device over time at that width, by round."""
+        pairs = zip(self.seconds(workload, 1), self.seconds(workload, width), strict=True)
+        return [one / other for one, other in pairs]
+
+
+def measure(made: Sequence[Group], workloads: Sequence[Workload], runs: int, vocab_size: int) -> Rounds:
+    """All widths in turns on the same prompts, after a round that does not count; each round begins with another.
+
+    Raises:
+        WrongResult: a completion has another length, too many first tokens differ, or widths took other steps.
+    """
+    rounds = Rounds({workload.name: {group.width: [] for group in made} for workload in workloads})
+    began, others_before = time.perf_counter(), other_cpu_seconds()
+    for run in range(runs + 1):
+        for number, workload in enumerate(workloads):
+            prompts = workload.prompts(vocab_size, 1000 * number + run)
+            first = run % len(made)
+            tokens, taken = {}, {}
+            for group in [*made[first:], *made[:first]]:
+                tokens[group.width], taken[group.width] = group.run(workload, prompts)
+            _compare(workload, tokens, taken, rounds)
+            if run:
+                for width, steps in taken.items():
+                    rounds.steps[workload.name][width].append(steps)
+    share = (other_cpu_seconds() - others_before) / (time.perf_counter() - began) / num_cores()
+    rounds.others = round(max(share, 0.0), 3)
+    if rounds.same < _SAME * rounds.first_tokens:
+        raise WrongResult(f"only {rounds.same} of {rounds.first_tokens} first tokens are those of one device")
+    return rounds
+
+
+def _compare(
+    workload: Workload, tokens: Mapping[int, list[list[int]]], taken: Mapping[int, Steps], rounds: Rounds
+) -> None:
+    asked = [(step["asked_decodes"], step["asked_prefill"]) for step in taken[1]]
+    for width, rows in tokens.items():
+        if [len(row) for row in rows] != workload.max_tokens:
+            raise WrongResult(f"{workload.name} at {width}: completions of {[len(row) for row in rows]} tokens")
+        if [(step["asked_decodes"], step["asked_prefill"]) for step in taken[width]] != asked:
+            raise WrongResult(f"{workload.name}: other steps at width {width} than at 1")
+        if width > 1:
+            rounds.first_tokens += len(rows)
+            rounds.same += sum(row[0] == one[0] for row, one in zip(rows, tokens[1], strict=True))
+
+
+# --- what communication costs, and predictions
+
+
+def collective_fits(steps: Steps, width: int, dtype: str, budget: float) -> dict[str, dict[str, float]]:
+    """alpha and beta of each collective of the steps, over their range of sizes.
+
+    Measured between as many processes as the group has ranks, on the same cores, one each.
+    """
+    sizes: dict[str, set[int]] = {}
+    for step in steps:
+        for kind, size, group, _ in step["collectives"]:
+            sizes.setdefault(_OPERATIONS.get(kind, kind), set()).add(_buffer(kind, size, group))
+    found = {}
+    for operation, all_sizes in sizes.items():
+        least = max(min(all_sizes), 4)
+        most = max(*all_sizes, 4 * least)
+        job = Job(width, 1, (operation,), least, most, dtype=dtype, budget=budget)
+        with cores(range(width)):
+            found |= run_job(job)["fits"]
+    return found
+
+
+def communication_seconds(steps: Steps, fits: Mapping[str, Mapping[str, float]]) -> float:
+    """Estimate of what the collectives of a step take, the mean of these steps: alpha + beta x bytes of each."""
+    total = 0.0
+    for step in steps:
+        for kind, size, group, count in step["collectives"]:
+            fit = fits[_OPERATIONS.get(kind, kind)]
+            total += count * (fit["alpha"] + fit["beta"] * _buffer(kind, size, group))
+    return total / len(steps)
+
+
+def _buffer(kind: str, size: int, group: int) -> int:
+    """Bytes of the larger of a device's two buffers, by which collectives are measured."""
+    return size * group if kind == "reduce-scatter" else size
+
+
+def calibrate_cores(width: int) -> Calibration:
+    """The planner's calibration of one core, while as many as the width are calibrated at the same time.
+
+    Returns:
+        The slowest core's in memory bandwidth: all devices wait for it.
+    """
+    with ExitStack() as stack:
+        workers = []
+        for core in range(width):
+            with cores([core]):
+                workers.append(stack.enter_context(closing(Worker(sys.executable, "bench.scaling_worker"))))
+        with ThreadPoolExecutor(width) as pool:
+            replies = list(pool.map(lambda worker: worker.call("calibrate"), workers))
+    made = [Calibration(**{**reply, "widths": tuple(Measured(**one) for one in reply["widths"])}) for reply in replies]
+    return min(made, key=lambda one: one.widths[0].bandwidth)
+
+
+def device_of(calibration: Calibration, width: int, fits: Mapping[str, Mapping[str, float]]) -> Device:
+    """The calibrated core as the planner's device at that width, with the all-reduce as measured between processes."""
+    reduce = fits.get("all-reduce", {"alpha": 0.0, "beta": 0.0})
+    (one,) = calibration.widths
+    one = replace(one, width=width, alpha=reduce["alpha"], beta=reduce["beta"])
+    return replace(calibration, widths=(one,)).device(width)
+
+
+def predicted(spec: ModelSpec, device: Device, steps: Steps, width: int, dtype: str) -> dict[str, float]:
+    """The planner's mean time of a step and of its communication, for programs of the sizes that ran."""
+    times = [
+        predict(
+            spec, device, Step(s["decodes"], round(s["context"]), s["prefill"], s["before"]), width=width, dtype=dtype
+        )
+        for s in steps
+    ]
+    seconds = statistics.fmean(time.total for time in times)
+    communication = statistics.fmean(time.communication for time in times)
+    return {"seconds_per_step": seconds, "communication_share": communication / seconds}
+
+
+def check_widths(widths: Sequence[int]) -> list[int]:
+    """Width 1 and those that were asked for, or all powers of two that there are cores for.
+
+    Raises:
+        ValueError: there are fewer cores: devices that share one say nothing about scaling.
+    """
+    most = num_cores()
+    if list(widths) == [1]:
+        widths = [2**power for power in range(most.bit_length()) if 2**power <= most]
+    if max(widths) > most:
+        raise ValueError(f"--tp {max(widths)}: one core per device, and this process may use {most}")
+    return sorted({1, *widths})
