@@ -115,7 +115,8 @@ def test_scaling(
         "runs": {
             workload.name: {width: rounds.seconds(workload.name, width) for width in widths} for workload in workloads
         },
-        "cpu_share_of_others": rounds.others,
+        "rounds_disturbed": rounds.disturbed,
+        "only_disturbed": rounds.only_disturbed,
         "versions": description["versions"],
         "machine": machine,
     }
