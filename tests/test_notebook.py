@@ -42,7 +42,7 @@ def test_a_notebook_uses_the_engine_both_ways():
 
 
 def test_the_notebooks_are_there():
-    assert {"quickstart", "tensor_parallelism", "recovery"} <= {path.stem for path in NOTEBOOKS}
+    assert {"quickstart", "tensor_parallelism", "recovery", "planning"} <= {path.stem for path in NOTEBOOKS}
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
