@@ -97,7 +97,8 @@ def _tell_devices(section: Section, backend: Mapping[str, Any]) -> None:
     memory = [int(device["memory"]) for device in devices if device.get("memory")]
     room = f", {size_text(min(memory))} each for JAX" if memory else ""
     section.ok(f"JAX has {len(devices)} devices of platform {backend.get('platform')} ({', '.join(kinds)}){room}")
-    if backend.get("cuda"):
+    # The libraries may be there, as for `ryzanstein plan --compile`, and nothing to run them on.
+    if backend.get("cuda") and backend.get("platform") != "cpu":
         section.ok(", ".join(f"{name} {number}" for name, number in backend["cuda"].items()))
 
 

@@ -103,6 +103,7 @@ def test_a_standby_that_still_loads_is_not_waited_for(llm: AsyncLLM, expected: l
         kill(llm, 0)
 
     same(run_streams(llm, Watch(100, strike)), expected)
+    same(run_streams(llm), expected)  # the first ones may all have ended before the strike
     assert status(llm)["generation"] > loading[0]["generation"]
     assert not set(loading[0]["pids"]) & set(pids(llm))
 
