@@ -19,8 +19,11 @@ from ryzanstein_jax.commands.options import (
     MaxSeqs,
     Model,
     Orchestrator,
+    Quantize,
+    Sharding,
     Width,
     engine_settings,
+    served_name,
 )
 from ryzanstein_jax.errors import ConfigError
 from ryzanstein_jax.progress import progress_bars, say
@@ -35,7 +38,9 @@ def batch(
     served_model_name: Annotated[str | None, typer.Option(help="What the lines call the model.")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="Folder or id, where the model brings none.")] = None,
     tp: Width = 1,
+    sharding: Sharding = "megatron",
     dtype: Dtype = "auto",
+    quantization: Quantize = None,
     max_model_len: MaxLen = None,
     memory_fraction: Fraction = None,
     max_num_seqs: MaxSeqs = None,
@@ -54,16 +59,24 @@ def batch(
         raise ConfigError("batch", error.name, "it needs more: pip install 'ryzanstein-jax[serve]'") from error
     from ryzanstein_jax.async_llm import AsyncLLM
 
-    settings = engine_settings(tp, dtype, max_model_len, memory_fraction, load_format=load_format, tokenizer=tokenizer)
-    if max_num_seqs is not None:
-        settings["max_num_seqs"] = max_num_seqs
+    settings = engine_settings(
+        tp,
+        dtype,
+        max_model_len,
+        memory_fraction,
+        load_format=load_format,
+        tokenizer=tokenizer,
+        max_num_seqs=max_num_seqs,
+        quantization=quantization,
+        sharding=sharding,
+    )
     config = make_config(model, settings)  # refuses what is wrong before files are touched
     options = parse_options(orchestrator)
     in_flight = in_flight if in_flight is not None else 2 * config.max_num_seqs
     work = Batch(source, output, in_flight, batch_config(in_flight, served_model_name))
     try:
         if not work.is_done:
-            name = served_model_name or (Path(model).stem if Path(model).exists() else model)
+            name = served_name(model, served_model_name)
             llm = AsyncLLM(model, executor=executor, orchestrator=options, **settings)
             with closing(llm), progress_bars(True) as bars:
 

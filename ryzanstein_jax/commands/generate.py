@@ -70,9 +70,16 @@ def generate(
     # Programs are compiled for as many sequences as there can be.
     seqs = max_num_seqs or min(len(prompts), 32)
     settings = engine_settings(
-        tp, dtype, max_model_len, memory_fraction, load_format=load_format, max_num_seqs=seqs, quantization=quantization
+        tp,
+        dtype,
+        max_model_len,
+        memory_fraction,
+        load_format=load_format,
+        max_num_seqs=seqs,
+        quantization=quantization,
+        sharding=sharding,
+        **profile_settings(profile, profile_steps),
     )
-    settings |= {"sharding": sharding, **profile_settings(profile, profile_steps)}
     with LLM(model, executor=executor, orchestrator=parse_options(orchestrator), **settings) as llm:
         params = chosen_params(llm, max_tokens, temperature=temperature, top_p=top_p, seed=seed)
         for output in llm.generate(prompts, params):

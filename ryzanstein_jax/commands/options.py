@@ -44,9 +44,14 @@ Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
 
 
 def engine_settings(tp: int, dtype: str, max_len: int | None, fraction: float | None, **more: Any) -> dict[str, Any]:
-    return {
-        "tensor_parallel_size": tp, "dtype": dtype, "max_model_len": max_len, "memory_fraction": fraction, **more,
-    }  # fmt: skip
+    """Settings of `EngineConfig`; what was not given (None) keeps its default there."""
+    settings = {"tensor_parallel_size": tp, "dtype": dtype, "max_model_len": max_len, "memory_fraction": fraction}
+    return settings | {name: value for name, value in more.items() if value is not None}
+
+
+def served_name(model: str, given: str | None) -> str:
+    """What clients call the model. A path says more about this machine than they need to know."""
+    return given or (Path(model).stem if Path(model).exists() else model)
 
 
 def profile_settings(folder: Path | None, steps: int) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from ryzanstein_jax.commands.options import (
     Width,
     engine_settings,
     profile_settings,
+    served_name,
 )
 from ryzanstein_jax.errors import ConfigError
 from ryzanstein_jax.start import make_config, parse_options
@@ -87,22 +88,25 @@ def serve(
         keep_alive_seconds=keep_alive_seconds,
         write_seconds=write_seconds,
     )
-    settings = engine_settings(tp, dtype, max_model_len, memory_fraction, load_format=load_format, tokenizer=tokenizer)
-    given = {
-        "max_num_seqs": max_num_seqs,
-        "max_num_batched_tokens": max_num_batched_tokens,
-        "embedding_pooling": embedding_pooling,
-        "quantization": quantization,
-    }
-    settings |= {name: value for name, value in given.items() if value is not None}
-    settings |= {"sharding": sharding, **profile_settings(profile, profile_steps)}
+    settings = engine_settings(
+        tp,
+        dtype,
+        max_model_len,
+        memory_fraction,
+        load_format=load_format,
+        tokenizer=tokenizer,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        embedding_pooling=embedding_pooling,
+        quantization=quantization,
+        sharding=sharding,
+        **profile_settings(profile, profile_steps),
+    )
     make_config(model, settings)  # refuses what is wrong before anything listens
-    # A path says more about this machine than clients need to know.
-    name = served_model_name or (Path(model).stem if Path(model).exists() else model)
     options = parse_options(orchestrator)
     run_server(
         lambda: AsyncLLM(model, progress=False, executor=executor, orchestrator=options, **settings),
-        name,
+        served_name(model, served_model_name),
         config,
         version("ryzanstein-jax"),
     )

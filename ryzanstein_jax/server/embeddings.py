@@ -14,26 +14,20 @@ from ryzanstein_jax.errors import EngineClosedError
 from ryzanstein_jax.request import RequestOutput
 from ryzanstein_jax.server.encode import Prompt
 from ryzanstein_jax.server.generation import Piece
-from ryzanstein_jax.server.schema import PROMPT_SCHEMA, Strict, as_prompts
+from ryzanstein_jax.server.schema import PROMPT_SCHEMA, Asked, as_prompts
 
 #: Inputs of one request, as many as OpenAI takes.
 MAX_INPUTS = 2048
 
 
-class EmbeddingRequest(Strict):
+class EmbeddingRequest(Asked):
     """`POST /v1/embeddings`."""
 
-    model: str
     input: Annotated[
         list[Any], Field(max_length=MAX_INPUTS), BeforeValidator(as_prompts), WithJsonSchema(PROMPT_SCHEMA)
     ]
     dimensions: Annotated[int, Field(ge=1, lt=1 << 20)] | None = None
     encoding_format: Literal["float", "base64"] | None = None
-    #: Taken and left alone, as the API says it is for the provider's own statistics.
-    user: str | None = None
-    #: This server's own, as for completions: lower ones run first; seconds after which the request is given up.
-    priority: Annotated[int, Field(ge=-1000, le=1000)] | None = None
-    deadline_seconds: Annotated[float, Field(gt=0, le=1e6)] | None = None
 
 
 class EmbeddingAnswer:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
-from ryzanstein_jax.server.schema import Strict, without_unsupported
+from ryzanstein_jax.server.schema import Asked, Strict, check_stream_options, unsupported_part, without_unsupported
 
 #: Fields of OpenAI's API that this server has not, and the values that ask for nothing; null always does.
 UNSUPPORTED_IN_RESPONSES: dict[str, tuple[Any, ...]] = {
@@ -49,12 +49,7 @@ def _as_parts(value: Any) -> Any:
     for part in value:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind not in ("input_text", "output_text"):
-            shown = kind[:40] if isinstance(kind, str) else "without a type"
-            raise PydanticCustomError(
-                "unsupported",
-                "content part {kind} is not supported: this model takes text only, and nothing is ever fetched",
-                {"kind": repr(shown)},
-            )
+            raise unsupported_part(part)
         # What answers hold, and clients send back with them.
         rest = {name: item for name, item in part.items() if name not in ("type", "text") and item not in ([], None)}
         if rest.keys() - {"logprobs"} or not isinstance(part.get("text"), str):
@@ -142,10 +137,9 @@ class ResponseStreamOptions(Strict):
     include_obfuscation: Literal[False] | None = None
 
 
-class ResponseRequest(Strict):
+class ResponseRequest(Asked):
     """`POST /v1/responses`."""
 
-    model: str
     input: Annotated[list[InputMessage], Field(min_length=1), BeforeValidator(_as_items), WithJsonSchema(_INPUT)]
     instructions: str | None = None
     max_output_tokens: Annotated[int, Field(ge=1, lt=1 << 30)] | None = None
@@ -161,11 +155,7 @@ class ResponseRequest(Strict):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     text: TextOptions | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    #: Taken and left alone, as the API says it is for the provider's own statistics.
-    user: str | None = None
     #: This server's own, as for chats.
-    priority: Annotated[int, Field(ge=-1000, le=1000)] | None = None
-    deadline_seconds: Annotated[float, Field(gt=0, le=1e6)] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
     @model_validator(mode="before")
@@ -175,10 +165,7 @@ class ResponseRequest(Strict):
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> ResponseRequest:
-        if self.stream_options is not None and not self.stream:
-            raise PydanticCustomError(
-                "stream_options", "The 'stream_options' parameter is only allowed when 'stream' is enabled."
-            )
+        check_stream_options(self)
         return self
 
     def messages(self) -> list[dict[str, Any]]:

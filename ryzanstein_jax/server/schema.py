@@ -82,10 +82,42 @@ Stops = Annotated[
 Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
-class Sampling(Strict):
-    """Fields that completions and chats have in common. Those after `user` are this server's own, named as vLLM's."""
+class Asked(Strict):
+    """Fields that all endpoints of the model have in common."""
 
     model: str
+    #: Taken and left alone, as the API says it is for the provider's own statistics.
+    user: str | None = None
+    #: This server's own. Lower ones run first.
+    priority: Annotated[int, Field(ge=-1000, le=1000)] | None = None
+    #: This server's own. Seconds after which the request is given up; never more than the server's own limit.
+    deadline_seconds: Annotated[float, Field(gt=0, le=1e6)] | None = None
+
+
+def check_stream_options(request: Any) -> None:
+    """Raises PydanticCustomError where a request that asks for no stream has options of one."""
+    if request.stream_options is not None and not request.stream:
+        raise PydanticCustomError(
+            "stream_options", "The 'stream_options' parameter is only allowed when 'stream' is enabled."
+        )
+
+
+def unsupported_part(part: Any) -> PydanticCustomError:
+    """For a content part that is no text: nothing is ever fetched for one."""
+    kind = part.get("type") if isinstance(part, dict) else None
+    shown = kind[:40] if isinstance(kind, str) else "without a type"
+    return PydanticCustomError(
+        "unsupported",
+        "content part {kind} is not supported: this model takes text only, and nothing is ever fetched",
+        {"kind": repr(shown)},
+    )
+
+
+class Sampling(Asked):
+    """Fields that completions and chats have in common. Those after `stream_options` are this server's own, named as
+    vLLM's.
+    """
+
     n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -96,8 +128,6 @@ class Sampling(Strict):
     logit_bias: Annotated[dict[str, Bias], Field(max_length=4096)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    #: Taken and left alone, as the API says it is for the provider's own statistics.
-    user: str | None = None
     top_k: Annotated[int, Field(ge=-1, lt=1 << 30)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
@@ -107,10 +137,6 @@ class Sampling(Strict):
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     structured_outputs: StructuredOutputs | None = None
-    #: Lower ones run first.
-    priority: Annotated[int, Field(ge=-1000, le=1000)] | None = None
-    #: Seconds after which the request is given up; never more than the server's own limit.
-    deadline_seconds: Annotated[float, Field(gt=0, le=1e6)] | None = None
     #: Adds the tokens to each choice.
     return_token_ids: bool | None = None
 
@@ -121,10 +147,7 @@ class Sampling(Strict):
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> Sampling:
-        if self.stream_options is not None and not self.stream:
-            raise PydanticCustomError(
-                "stream_options", "The 'stream_options' parameter is only allowed when 'stream' is enabled."
-            )
+        check_stream_options(self)
         return self
 
 
@@ -168,12 +191,7 @@ def _as_text(value: Any) -> Any:
     for part in value:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind != "text":
-            shown = kind[:40] if isinstance(kind, str) else "without a type"
-            raise PydanticCustomError(
-                "unsupported",
-                "content part {kind} is not supported: this model takes text only, and nothing is ever fetched",
-                {"kind": repr(shown)},
-            )
+            raise unsupported_part(part)
         if part.keys() != {"type", "text"} or not isinstance(part["text"], str):
             raise PydanticCustomError("part", "a text part has the fields type and text, and no others")
         texts.append({"type": "text", "text": part["text"]})
