@@ -2,7 +2,7 @@
 
 from ryzanstein_jax.async_llm import AsyncLLM
 from ryzanstein_jax.config import EngineConfig
-from ryzanstein_jax.llm import LLM, StreamChunk
+from ryzanstein_jax.llm import LLM
 from ryzanstein_jax.request import (
     CompletionOutput,
     EmbeddingOutput,
@@ -12,6 +12,7 @@ from ryzanstein_jax.request import (
     RequestOutput,
     SamplingParams,
 )
+from ryzanstein_jax.streams import StreamChunk
 from ryzanstein_jax.structured_outputs import StructuredOutputsParams
 
 __version__ = "0.1.0"

@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import itertools
-import queue
-import threading
-import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from ryzanstein_jax.config import OrchestratorConfig
-from ryzanstein_jax.engine.report import RankUsage, SetupReport
+from ryzanstein_jax.engine.engine import Engine
+from ryzanstein_jax.engine.report import RankUsage, SchedulerStats, SetupReport
+from ryzanstein_jax.engine.sequence import drawn_seed
 from ryzanstein_jax.engine.tokens import Tokenizer
 from ryzanstein_jax.errors import EngineClosedError
-from ryzanstein_jax.llm import (
-    Messages,
-    Prompt,
-    StreamChunk,
-    StreamCursor,
-    default_sampling_params,
-    encode_input,
-)
+from ryzanstein_jax.fleet import Fleet
+from ryzanstein_jax.llm import Messages, Prompt, default_sampling_params, encode_input
+from ryzanstein_jax.replicas import Replica, Replicas, Ticket
 from ryzanstein_jax.request import PoolingParams, RequestOutput, SamplingParams
-from ryzanstein_jax.start import as_orchestrator, make_config, start_engine
+from ryzanstein_jax.start import make_config, start_engines
+from ryzanstein_jax.streams import StreamChunk
 
 if TYPE_CHECKING:
-    from ryzanstein_jax.engine.scheduler import SchedulerStats
     from ryzanstein_jax.metrics import Metrics
     from ryzanstein_jax.orchestrator.orchestrator import MultiGPUOrchestrator
 
@@ -38,7 +33,6 @@ class _Listener:
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
         self.chunks: asyncio.Queue[StreamChunk | Exception | None] = asyncio.Queue()
-        self.cursor = StreamCursor()
 
     def put(self, item: StreamChunk | Exception | None) -> None:
         """Hands over a chunk, an error, or None for the end; a loop that is gone wants none."""
@@ -58,7 +52,8 @@ class AsyncLLM:
         model: Hugging Face id, folder, `.gguf` file, snapshot, or "smollm2" for the default model.
         progress: show bars while it starts, and the memory sum.
         executor, orchestrator: as `LLM` takes them.
-        settings: the other fields of `EngineConfig`.
+        settings: the other fields of `EngineConfig`. With `data_parallel_size` over 1, as many engines share the
+            requests, each on worker processes of its own, and take over those of one that loses its devices.
 
     Raises:
         ConfigError, UnsupportedModelError, WeightsError, MemoryBudgetError: before anything is held.
@@ -74,59 +69,56 @@ class AsyncLLM:
         **settings: Any,
     ):
         self.config = make_config(model, settings)
-        self._opened, self._executor, self._engine = start_engine(self.config, progress, executor, orchestrator)
-        self._ids = itertools.count()
-        self._listeners: dict[str, _Listener] = {}
-        #: What the engine's thread shall do between steps; None ends it.
-        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._closed = False
-        self._lock = threading.Lock()  # nothing is put into the inbox after it was emptied for the last time
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._thread.start()
+        self._opened, parts = start_engines(self.config, progress, executor, orchestrator)
+        self._replicas = Replicas(parts, self.config.page_size)
+        self._ids, self._seeds = itertools.count(), itertools.count()
 
     @property
     def tokenizer(self) -> Tokenizer | None:
         return self._opened.tokenizer
 
     @property
-    def orchestrator(self) -> MultiGPUOrchestrator | None:
+    def replicas(self) -> Sequence[Replica]:
+        """The engines, as many as `data_parallel_size`; each has metrics, a report and an orchestrator of its own."""
+        return self._replicas.all
+
+    @property
+    def orchestrator(self) -> MultiGPUOrchestrator | Fleet | None:
         """What watches the worker processes; None where the devices are in this process."""
-        return as_orchestrator(self._executor)
+        first = self.replicas[0].orchestrator
+        return first if len(self.replicas) == 1 or first is None else Fleet(self.replicas)
 
     @property
     def metrics(self) -> Metrics:
-        """Counters and histograms of the engine."""
-        return self._executor.metrics
+        """Counters and histograms of the engine; of several replicas, those of the first."""
+        return self.replicas[0].metrics
 
     @property
     def report(self) -> SetupReport:
-        """What the last start of the devices cost, and how their memory is divided."""
-        return self._executor.report
+        """What the last start of the devices cost, and how their memory is divided; of the first replica."""
+        return self.replicas[0].report
 
     @property
     def is_alive(self) -> bool:
-        """Whether the engine's thread runs: false after `close`, and after the engine failed."""
-        return not self._closed and self._thread.is_alive()
+        """Whether an engine's thread runs: false after `close`, and after the engine failed."""
+        return any(replica.is_alive for replica in self.replicas)
 
     @property
     def max_length(self) -> int:
         """Most tokens that a prompt and its completion may have together."""
-        return self._engine.max_length
+        return min(replica.engine.max_length for replica in self.replicas)
 
     def stats(self) -> SchedulerStats:
         """Where the scheduler stands. Read while it works: numbers of one call may be a step apart."""
-        return self._engine.stats()
+        return SchedulerStats.total([replica.stats() for replica in self.replicas])
 
     def usage(self) -> list[RankUsage]:
-        """Memory and communication of each rank, or of each device of this process."""
-        return self._executor.usage()
+        """Memory and communication of each rank, or of each device of this process; replica by replica."""
+        return [rank for replica in self.replicas for rank in replica.usage()]
 
     def cpu_seconds(self) -> float:
-        """Processor time of the thread that schedules, and hands steps to the devices; 0 once it has ended."""
-        ident = self._thread.ident
-        if ident is None or not self._thread.is_alive():
-            return 0.0
-        return time.clock_gettime(time.pthread_getcpuclockid(ident))
+        """Processor time of the threads that schedule, and hand steps to the devices; 0 once they have ended."""
+        return sum(replica.cpu_seconds() for replica in self.replicas)
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What the model's `generation_config.json` recommends."""
@@ -138,7 +130,7 @@ class AsyncLLM:
         Raises:
             RequestError: it can't be compiled.
         """
-        self._engine.compile_grammar(params)
+        self._compiler.compile_grammar(params)
 
     def get_pooling_params(self, dimensions: int | None = None) -> PoolingParams:
         """How embeddings are made: as the setting `embedding_pooling` says, or else the model's folder.
@@ -167,27 +159,27 @@ class AsyncLLM:
         """
         params = sampling_params or self.get_default_sampling_params()
         # Tokenizing and templates take their time: not on the event loop.
-        text, ids = await asyncio.to_thread(encode_input, prompt, self.tokenizer)
+        text, ids, keys = await asyncio.to_thread(self._encode, prompt)
         grammar = None
         if isinstance(params, SamplingParams) and params.structured_outputs is not None:
-            grammar = await asyncio.to_thread(self._engine.compile_grammar, params)
-        request_id, listener = str(next(self._ids)), _Listener()
+            grammar = await asyncio.to_thread(self._compiler.compile_grammar, params)
+        if isinstance(params, SamplingParams) and params.seed is None and len(self.replicas) > 1:
+            # As one engine would draw it, whichever replica the request goes to.
+            params = dataclasses.replace(params, seed=drawn_seed(self.config.seed, next(self._seeds)))
+        listener = _Listener()
+        ticket = Ticket(str(next(self._ids)), listener.put, params.n, keys)
 
-        def add() -> None:
-            try:
-                self._engine.add(request_id, ids, params, prompt=text, priority=priority, grammar=grammar)
-                self._listeners[request_id] = listener
-            except Exception as error:  # noqa: BLE001 - the caller gets it, whatever it is
-                listener.put(error)
+        def begin(engine: Engine) -> None:
+            engine.add(ticket.request_id, ids, params, prompt=text, priority=priority, grammar=grammar)
 
-        self._send(add)
+        self._replicas.submit(ticket, begin)
         try:
             while (item := await listener.chunks.get()) is not None:
                 if isinstance(item, Exception):
                     raise item
                 yield item
         finally:
-            self._inbox.put(lambda: self._forget(request_id))
+            self._replicas.forget(ticket)
 
     async def embed(
         self, prompt: Prompt, pooling_params: PoolingParams | None = None, *, priority: int = 0
@@ -211,8 +203,7 @@ class AsyncLLM:
 
     def close(self) -> None:
         """Ends what is under way with a typed error, and frees the devices. May be called again."""
-        self._inbox.put(None)
-        self._thread.join()
+        self._replicas.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -224,67 +215,11 @@ class AsyncLLM:
 
     # --- within
 
-    def _send(self, what: Callable[[], None]) -> None:
-        with self._lock:
-            if self._closed:
-                raise EngineClosedError("the engine is closed")
-            self._inbox.put(what)
+    @property
+    def _compiler(self) -> Engine:
+        """Whose compiled grammars all replicas use."""
+        return self.replicas[0].engine
 
-    def _forget(self, request_id: str) -> None:
-        """The caller has gone, or has its answer: what is left of the request is ended."""
-        if self._listeners.pop(request_id, None) is not None:
-            self._engine.abort(request_id)
-
-    def _run(self) -> None:
-        """The engine's thread: what was asked for, then a step, as long as there is something to do."""
-        error: Exception = EngineClosedError("the engine was closed before the request ended")
-        try:
-            while self._take_inbox():
-                if self._engine.has_unfinished():
-                    for output in self._engine.step():
-                        self._deliver(output)
-        except Exception as failure:  # noqa: BLE001 - every waiting caller learns of it
-            error = EngineClosedError(f"the engine failed: {failure!r}")
-            error.__cause__ = failure
-        finally:
-            with self._lock:
-                self._closed = True
-            self._drain(error)
-            self._engine.close()
-            self._executor.close()
-
-    def _take_inbox(self) -> bool:
-        """Does what was sent; waits for it while there is nothing to step. False ends the thread."""
-        block = not self._engine.has_unfinished()
-        while True:
-            try:
-                what = self._inbox.get(block=block)
-            except queue.Empty:
-                return True
-            if what is None:
-                return False
-            what()
-            block = False
-
-    def _deliver(self, output: RequestOutput) -> None:
-        listener = self._listeners.get(output.request_id)
-        if listener is None:
-            return
-        for chunk in listener.cursor.advance(output):
-            listener.put(chunk)
-        if output.finished:
-            del self._listeners[output.request_id]
-            listener.put(output.error)
-
-    def _drain(self, error: Exception) -> None:
-        """Nobody waits for ever: those listening, and those whose request was never added, get the error."""
-        while True:
-            try:
-                what = self._inbox.get_nowait()
-            except queue.Empty:
-                break
-            if what is not None:
-                what()
-        for listener in self._listeners.values():
-            listener.put(error)
-        self._listeners.clear()
+    def _encode(self, prompt: Prompt | Messages) -> tuple[str | None, list[int], list[bytes]]:
+        text, ids = encode_input(prompt, self.tokenizer)
+        return text, ids, self._replicas.keys(ids) if self.config.enable_prefix_caching else []

@@ -31,6 +31,7 @@ class EngineConfig:
         revision: branch, tag or commit on the hub.
         load_format: where the weights come from; "auto" looks at the model, "dummy" draws random ones.
         tensor_parallel_size: number of devices the weights and the KV cache are sharded over.
+        data_parallel_size: number of replicas of the engine, each on devices of its own; see docs/data_parallel.md.
         sharding: how parameters and activations lie on the devices, and so what these say to each other; see
             `sharding.RULES`.
         dtype: of weights, activations and KV cache. "auto" is the checkpoint's on an accelerator
@@ -64,6 +65,7 @@ class EngineConfig:
     revision: str | None = None
     load_format: str = "auto"
     tensor_parallel_size: int = 1
+    data_parallel_size: int = 1
     sharding: str = "megatron"
     dtype: str = "auto"
     quantization: str | None = None
@@ -93,6 +95,7 @@ class EngineConfig:
         if self.quantization is not None:
             _one_of("quantization", self.quantization, QUANTIZATIONS)
         _integer("tensor_parallel_size", self.tensor_parallel_size, 1, 4096)
+        _integer("data_parallel_size", self.data_parallel_size, 1, 256)
         _integer("max_model_len", self.max_model_len, 2, 1 << 24, optional=True)
         _integer("num_pages", self.num_pages, 2, 1 << 30, optional=True)
         _integer("page_size", self.page_size, 1, 1024)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeGuard, cast
 
 from ryzanstein_jax.config import OrchestratorConfig
 from ryzanstein_jax.engine.open import OpenModel
 from ryzanstein_jax.engine.tokens import Tokenizer
-from ryzanstein_jax.errors import EngineClosedError, RequestError
+from ryzanstein_jax.errors import ConfigError, EngineClosedError, RequestError
 from ryzanstein_jax.progress import progress_bars
 from ryzanstein_jax.request import (
     EmbeddingOutput,
@@ -21,7 +20,8 @@ from ryzanstein_jax.request import (
     RequestOutput,
     SamplingParams,
 )
-from ryzanstein_jax.start import as_orchestrator, make_config, start_engine
+from ryzanstein_jax.start import as_orchestrator, make_config, start_engines
+from ryzanstein_jax.streams import StreamChunk, StreamCursor
 
 if TYPE_CHECKING:
     from ryzanstein_jax.communication import Collective
@@ -31,44 +31,6 @@ if TYPE_CHECKING:
 #: A prompt: text, token ids, or a mapping with "prompt" or "prompt_token_ids" as in vLLM.
 Prompt = str | Sequence[int] | Mapping[str, Any]
 Messages = Sequence[Mapping[str, Any]]
-
-
-@dataclass(frozen=True, slots=True)
-class StreamChunk:
-    """What a stream adds.
-
-    Attributes:
-        index: which of the n completions.
-        text: new text.
-        token_ids: new tokens.
-        finish_reason: set in the completion's last chunk.
-        output: the whole request so far; it goes on growing until the stream ends.
-    """
-
-    index: int
-    text: str
-    token_ids: list[int]
-    finish_reason: str | None
-    output: RequestOutput
-
-
-class StreamCursor:
-    """Turns a request's growing output into chunks."""
-
-    def __init__(self) -> None:
-        self._sent: dict[int, tuple[int, int, bool]] = {}
-
-    def advance(self, output: RequestOutput) -> list[StreamChunk]:
-        """What is new since the last call."""
-        chunks = []
-        for completion in output.outputs:
-            characters, tokens, ended = self._sent.get(completion.index, (0, 0, False))
-            text, token_ids = completion.text[characters:], completion.token_ids[tokens:]
-            if ended or not (text or token_ids or completion.finished):
-                continue
-            chunks.append(StreamChunk(completion.index, text, token_ids, completion.finish_reason, output))
-            self._sent[completion.index] = (len(completion.text), len(completion.token_ids), completion.finished)
-        return chunks
 
 
 class LLM:
@@ -98,7 +60,10 @@ class LLM:
         **settings: Any,
     ):
         self.config, self._progress = make_config(model, settings), progress
-        self._opened, self._executor, self._engine = start_engine(self.config, progress, executor, orchestrator)
+        if self.config.data_parallel_size > 1:
+            remedy = "LLM has one replica: use AsyncLLM, or `ryzanstein serve` or `batch`"
+            raise ConfigError("data_parallel_size", self.config.data_parallel_size, remedy)
+        self._opened, ((self._executor, self._engine),) = start_engines(self.config, progress, executor, orchestrator)
         self.report = self._executor.report
         self._lock = threading.RLock()
         self._outputs: dict[str, RequestOutput] = {}

@@ -80,6 +80,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "engine.scheduler",
         "engine.outputs",
         "engine.engine",
+        "engine.router",
         "engine.open",
         "engine.runner",
         "engine.usage",
@@ -163,8 +164,11 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     # 5: surfaces. The package's own __init__ offers them by name, and so comes after them.
     (
         "progress",
+        "streams",
         "start",
         "llm",
+        "replicas",
+        "fleet",
         "async_llm",
         "server",
         "server.settings",
@@ -243,7 +247,7 @@ WITHOUT_JAX = (
     "checkpoint.gguf_tokenizer",
     *(name for name in FLOORS[3] if name not in ENGINE_FILES_WITH_JAX),
     *(name for name in FLOORS[4] if name not in (*RANK_FILES, *MEASURING)),
-    *(name for name in FLOORS[5] if name.partition(".")[0] == "server"),
+    *(name for name in FLOORS[5] if name.partition(".")[0] in ("server", "streams", "replicas", "fleet")),
 )
 #: `start` imports the executor that was asked for, and only then: importing these does not import JAX either.
 WITHOUT_JAX_UNTIL_ASKED = ("start", "llm", "async_llm", "cli")

@@ -20,6 +20,7 @@ from ryzanstein_jax.commands.options import (
     Model,
     Orchestrator,
     Quantize,
+    Replicas,
     Sharding,
     Width,
     engine_settings,
@@ -27,17 +28,20 @@ from ryzanstein_jax.commands.options import (
 )
 from ryzanstein_jax.errors import ConfigError
 from ryzanstein_jax.progress import progress_bars, say
-from ryzanstein_jax.start import make_config, parse_options
+from ryzanstein_jax.start import check_start, make_config, parse_options
 
 
 def batch(
     model: Model,
     source: Annotated[Path, typer.Argument(metavar="IN.jsonl", help="Requests in OpenAI's batch format.")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT.jsonl", help="Where answers go.")],
-    in_flight: Annotated[int | None, typer.Option(help="Lines at a time; twice --max-num-seqs if not given.")] = None,
+    in_flight: Annotated[
+        int | None, typer.Option(help="Lines at a time; twice what runs in a step if not given.")
+    ] = None,
     served_model_name: Annotated[str | None, typer.Option(help="What the lines call the model.")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="Folder or id, where the model brings none.")] = None,
     tp: Width = 1,
+    dp: Replicas = 1,
     sharding: Sharding = "megatron",
     dtype: Dtype = "auto",
     quantization: Quantize = None,
@@ -66,13 +70,15 @@ def batch(
         memory_fraction,
         load_format=load_format,
         tokenizer=tokenizer,
+        data_parallel_size=dp,
         max_num_seqs=max_num_seqs,
         quantization=quantization,
         sharding=sharding,
     )
     config = make_config(model, settings)  # refuses what is wrong before files are touched
     options = parse_options(orchestrator)
-    in_flight = in_flight if in_flight is not None else 2 * config.max_num_seqs
+    check_start(config, executor, options)
+    in_flight = in_flight if in_flight is not None else 2 * config.max_num_seqs * dp
     work = Batch(source, output, in_flight, batch_config(in_flight, served_model_name))
     try:
         if not work.is_done:

@@ -13,6 +13,13 @@ from ryzanstein_jax.request import SamplingParams
 
 Model = Annotated[str, typer.Argument(help='Hugging Face id, folder, .gguf file, snapshot, or "smollm2".')]
 Width = Annotated[int, typer.Option("--tensor-parallel-size", "--tp", "-t", help="Devices to shard over.")]
+Replicas = Annotated[
+    int,
+    typer.Option(
+        "--data-parallel-size", "--dp",
+        help="Replicas of the engine, each on --tensor-parallel-size devices of its own; with --executor processes.",
+    ),
+]  # fmt: skip
 Dtype = Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")]
 Quantize = Annotated[
     str | None,

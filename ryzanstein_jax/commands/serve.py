@@ -20,6 +20,7 @@ from ryzanstein_jax.commands.options import (
     Profile,
     ProfileSteps,
     Quantize,
+    Replicas,
     Sharding,
     Width,
     engine_settings,
@@ -27,7 +28,7 @@ from ryzanstein_jax.commands.options import (
     served_name,
 )
 from ryzanstein_jax.errors import ConfigError
-from ryzanstein_jax.start import make_config, parse_options
+from ryzanstein_jax.start import check_start, make_config, parse_options
 
 
 def serve(
@@ -53,6 +54,7 @@ def serve(
     ] = None,
     tokenizer: Annotated[str | None, typer.Option(help="Folder or id, where the model brings none.")] = None,
     tp: Width = 1,
+    dp: Replicas = 1,
     sharding: Sharding = "megatron",
     dtype: Dtype = "auto",
     quantization: Quantize = None,
@@ -95,6 +97,7 @@ def serve(
         memory_fraction,
         load_format=load_format,
         tokenizer=tokenizer,
+        data_parallel_size=dp,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         embedding_pooling=embedding_pooling,
@@ -102,8 +105,8 @@ def serve(
         sharding=sharding,
         **profile_settings(profile, profile_steps),
     )
-    make_config(model, settings)  # refuses what is wrong before anything listens
     options = parse_options(orchestrator)
+    check_start(make_config(model, settings), executor, options)  # before anything listens
     run_server(
         lambda: AsyncLLM(model, progress=False, executor=executor, orchestrator=options, **settings),
         served_name(model, served_model_name),

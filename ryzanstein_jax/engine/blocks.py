@@ -39,6 +39,15 @@ class PagePoolError(RyzansteinError):
     """The page accounting contradicts itself: a defect of the engine, never of a request."""
 
 
+def extend_keys(keys: list[bytes], token_ids: Sequence[int], count: int, page_size: int, secret: bytes) -> None:
+    """Appends to the `keys` of a sequence's full pages those of the further ones, until there are `count`."""
+    parent = keys[-1] if keys else b""
+    for page in range(len(keys), count):
+        tokens = np.array(token_ids[page * page_size : (page + 1) * page_size], "<i4").tobytes()
+        parent = hashlib.blake2b(parent + tokens, digest_size=_KEY_BYTES, key=secret).digest()
+        keys.append(parent)
+
+
 class PagePool:
     """Hands out page numbers from 1 to `num_pages - 1`, counts their owners and finds them by content."""
 
@@ -70,11 +79,7 @@ class PagePool:
 
     def extend_keys(self, keys: list[bytes], token_ids: Sequence[int], count: int) -> None:
         """Appends to a sequence's `keys` those of its further full pages, until there are `count`."""
-        parent = keys[-1] if keys else b""
-        for page in range(len(keys), count):
-            tokens = np.array(token_ids[page * self.page_size : (page + 1) * self.page_size], "<i4").tobytes()
-            parent = hashlib.blake2b(parent + tokens, digest_size=_KEY_BYTES, key=self._secret).digest()
-            keys.append(parent)
+        extend_keys(keys, token_ids, count, self.page_size, self._secret)
 
     def match(self, keys: Iterable[bytes]) -> list[int]:
         """The pages that hold the longest known prefix of these keys. They are not taken yet: see `acquire`."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import cast
 
@@ -10,7 +11,8 @@ from ryzanstein_jax.config import EngineConfig
 from ryzanstein_jax.engine.executor import Executor, RestartableExecutor
 from ryzanstein_jax.engine.grammar import Grammar, Grammars
 from ryzanstein_jax.engine.outputs import RequestState
-from ryzanstein_jax.engine.scheduler import Scheduler, SchedulerStats
+from ryzanstein_jax.engine.report import SchedulerStats
+from ryzanstein_jax.engine.scheduler import Scheduler
 from ryzanstein_jax.engine.sequence import Sequence as EngineSequence
 from ryzanstein_jax.engine.sequence import drawn_seed, sampling_key
 from ryzanstein_jax.engine.tokens import Tokenizer
@@ -39,6 +41,7 @@ class Engine:
         tokenizer: turns tokens into text; None gives token ids only.
         eos_token_ids: tokens that end a completion, unless it ignores them.
         config: the limits of a request and the seed.
+        numbers: of the requests in the order in which they run, shared by engines that take over each other's.
     """
 
     def __init__(
@@ -48,6 +51,7 @@ class Engine:
         tokenizer: Tokenizer | None = None,
         eos_token_ids: Sequence[int] = (),
         config: EngineConfig,
+        numbers: Iterator[int] | None = None,
     ):
         self._executor, self._tokenizer, self._config = executor, tokenizer, config
         self._limits = executor.limits
@@ -56,7 +60,7 @@ class Engine:
         self._grammars = Grammars(tokenizer, self._limits.vocab_size, self._eos_token_ids) if tokenizer else None
         self._requests: dict[str, RequestState] = {}
         self._changed: dict[str, RequestOutput] = {}
-        self._num_added = self._num_seeds_drawn = 0
+        self._numbers, self._num_seeds_drawn = numbers or itertools.count(), 0
         self._failure: BaseException | None = None
         self._lost = False  # the executor's devices; `step` asks it for new ones
         self._gave_up: Exception | None = None  # there will be none
@@ -86,10 +90,7 @@ class Engine:
             EngineClosedError: the engine is closed.
             RecoveryExhaustedError: its devices are gone for good.
         """
-        if self._closed:
-            raise EngineClosedError("the engine is closed: make a new one")
-        if self._gave_up is not None:
-            raise self._gave_up.with_traceback(None)  # it would grow with each request that is turned away
+        self._check_open()
         pooling = params if isinstance(params, PoolingParams) else None
         params = _NOTHING if isinstance(params, PoolingParams) else params
         validate(request_id, params, priority, self._config, vocab_size=self._limits.vocab_size)
@@ -103,6 +104,7 @@ class Engine:
         if seed is None:
             seed = drawn_seed(self._config.seed, self._num_seeds_drawn)
             self._num_seeds_drawn += 1
+        number = next(self._numbers)
         sequences = [
             EngineSequence(
                 request_id,
@@ -110,14 +112,13 @@ class Engine:
                 params,
                 key=sampling_key(seed, index),
                 index=index,
-                order=(priority, self._num_added, index),
+                order=(priority, number, index),
                 eos_token_ids=self._eos_token_ids,
                 matcher=None if grammar is None else grammar.matcher(),
                 pooling=None if pooling is None else pooling.pooling,
             )
             for index in range(params.n)
         ]
-        self._num_added += 1
         state = RequestState(request_id, prompt, tokens, params, sequences, self._tokenizer, pooling)
         for sequence in sequences:
             self._scheduler.add(sequence)
@@ -148,6 +149,30 @@ class Engine:
             for sequence in state.sequences:
                 self._end(state, sequence, "abort")
         return True
+
+    def release(self) -> list[RequestState]:
+        """Gives up all unfinished requests once the devices are lost (`is_lost`): another engine may take them over."""
+        if cast(RestartableExecutor, self._executor).blames_requests:
+            self._scheduler.blame()
+        self._scheduler.release()
+        released, self._requests = list(self._requests.values()), {}
+        return released
+
+    def take_over(self, state: RequestState) -> None:
+        """Goes on with a request that another engine of the same model released: no token is lost, none comes twice.
+
+        Raises:
+            EngineClosedError, RecoveryExhaustedError: as `add`.
+        """
+        self._check_open()
+        self._requests[state.output.request_id] = state
+        unfinished = [sequence for sequence in state.sequences if not sequence.finished]
+        self._end_dropped(sequence for sequence in unfinished if not self._scheduler.take_over(sequence))
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the devices are gone, and `step` waits for new ones."""
+        return self._lost
 
     def has_unfinished(self) -> bool:
         """Whether `step` has something to do: requests, outputs to hand out or steps still on the device."""
@@ -294,7 +319,17 @@ class Engine:
             raise ConfigError("executor", f"vocab_size {executor.limits.vocab_size}", "recover with the same model")
         self._executor, self._limits = executor, executor.limits
         self._failure, self._gave_up, self._lost = None, None, False
-        for sequence in self._scheduler.reset(executor.limits):
+        self._end_dropped(self._scheduler.reset(executor.limits))
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise EngineClosedError("the engine is closed: make a new one")
+        if self._gave_up is not None:
+            raise self._gave_up.with_traceback(None)  # it would grow with each request that is turned away
+
+    def _end_dropped(self, sequences: Iterable[EngineSequence]) -> None:
+        """Ends requests of which a sequence can't go on."""
+        for sequence in sequences:
             state = self._requests.get(sequence.request_id)
             if state is None:
                 continue

@@ -62,6 +62,15 @@ class RestartableExecutor(Executor, Protocol):
         """Whether what ran may be the reason of the last loss; not where somebody outside killed a process."""
         ...
 
+    @property
+    def is_serving(self) -> bool:
+        """Whether steps would run now; false from a loss on, as soon as `await_verdict` has returned."""
+        ...
+
+    def await_verdict(self, timeout: float) -> None:
+        """After a loss, waits up to `timeout` seconds until `blames_requests` and `is_serving` take it into account."""
+        ...
+
     def restart(self, timeout: float, num_requests: int) -> bool:
         """Waits up to `timeout` seconds for new ones; True once steps run again, numbered from 0.
 

@@ -1,12 +1,42 @@
-"""What starting an executor cost, and what its devices use. No JAX here: another process may have found out."""
+"""What starting an executor cost, what its devices use, and where its scheduler stands. No JAX here."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ryzanstein_jax.budget import MemoryPlan
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerStats:
+    """Where things stand, and counts since the start.
+
+    Attributes:
+        num_running, num_waiting: sequences.
+        num_pages, num_pages_used, num_pages_idle: pages of the cache in all, owned, and kept for their content only.
+        num_steps: steps scheduled.
+        num_preemptions: times a sequence lost its pages to another one.
+        num_prefix_queries, num_prefix_hits: tokens looked for in the prefix cache, and found there.
+    """
+
+    num_running: int
+    num_waiting: int
+    num_pages: int
+    num_pages_used: int
+    num_pages_idle: int
+    num_steps: int
+    num_preemptions: int
+    num_prefix_queries: int
+    num_prefix_hits: int
+
+    @classmethod
+    def total(cls, several: Sequence[SchedulerStats]) -> SchedulerStats:
+        """Of several schedulers together."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        return cls(*(sum(getattr(stats, name) for stats in several) for name in names))
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,12 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections import deque
-from dataclasses import dataclass
 from operator import attrgetter
 
 from ryzanstein_jax.engine.blocks import PagePool
 from ryzanstein_jax.engine.executor import ExecutorLimits
 from ryzanstein_jax.engine.plan_builder import PlanBuilder, StepRoom, StepRows
+from ryzanstein_jax.engine.report import SchedulerStats
 from ryzanstein_jax.engine.sequence import Sequence
 from ryzanstein_jax.engine.suspects import Suspects, conviction
 from ryzanstein_jax.errors import RequestError, RyzansteinError
@@ -40,29 +40,6 @@ class SampledTokenError(RyzansteinError):
 
 class StepMismatchError(RyzansteinError):
     """An executor answered another step than the oldest in flight, or with another number of rows."""
-
-
-@dataclass(frozen=True, slots=True)
-class SchedulerStats:
-    """Where things stand, and counts since the start.
-
-    Attributes:
-        num_running, num_waiting: sequences.
-        num_pages, num_pages_used, num_pages_idle: pages of the cache in all, owned, and kept for their content only.
-        num_steps: steps scheduled.
-        num_preemptions: times a sequence lost its pages to another one.
-        num_prefix_queries, num_prefix_hits: tokens looked for in the prefix cache, and found there.
-    """
-
-    num_running: int
-    num_waiting: int
-    num_pages: int
-    num_pages_used: int
-    num_pages_idle: int
-    num_steps: int
-    num_preemptions: int
-    num_prefix_queries: int
-    num_prefix_hits: int
 
 
 class Scheduler:
@@ -197,24 +174,32 @@ class Scheduler:
             Sequences that no longer fit, which ended with "length", or "error" if they had produced nothing; and those
             that lost the device's state too often, which ended with "error".
         """
-        self._build(limits or self.limits)
+        return [sequence for sequence in self.release(limits) if not self.take_over(sequence)]
+
+    def release(self, limits: ExecutorLimits | None = None) -> list[Sequence]:
+        """Begins anew as `reset` does, without its unfinished sequences: another scheduler may take them over."""
         unfinished, self.running, self.waiting = self.running + self.waiting, [], []
-        dropped = []
+        self._suspects = Suspects()
+        self._build(limits or self.limits)
         for sequence in unfinished:
             sequence.forget_device()
-            sequence.error = conviction(sequence)
-            if sequence.error is not None:
-                sequence.finish_reason = "error"
-                dropped.append(sequence)
-                continue
-            try:
-                self.add(sequence)
-            except RequestError as error:
-                produced = len(sequence.token_ids) > sequence.prompt_len
-                sequence.finish_reason = "length" if produced else "error"
-                sequence.error = None if produced else error
-                dropped.append(sequence)
-        return dropped
+        return unfinished
+
+    def take_over(self, sequence: Sequence) -> bool:
+        """Queues a released sequence; False where it ended instead, for the reasons that `reset` has."""
+        self._suspects.take_over(sequence)
+        sequence.error = conviction(sequence)
+        if sequence.error is not None:
+            sequence.finish_reason = "error"
+            return False
+        try:
+            self.add(sequence)
+        except RequestError as error:
+            produced = len(sequence.token_ids) > sequence.prompt_len
+            sequence.finish_reason = "length" if produced else "error"
+            sequence.error = None if produced else error
+            return False
+        return True
 
     def check(self) -> None:
         """Raises PagePoolError unless every page is owned exactly as counted."""

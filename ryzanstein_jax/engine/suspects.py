@@ -35,6 +35,12 @@ class Suspects:
                 self._isolated.append(sequence)
         self._isolated.sort(key=lambda sequence: sequence.order)
 
+    def take_over(self, sequence: Sequence) -> None:
+        """A sequence begins anew, here or from another scheduler, with the strikes that it has."""
+        if sequence.num_strikes >= _ALONE:
+            self._isolated.append(sequence)
+            self._isolated.sort(key=lambda sequence: sequence.order)
+
     def clear_if_past(self, sequence: Sequence) -> None:
         """Called when a sequence got a token."""
         if sequence.num_strikes and len(sequence.token_ids) >= sequence.innocent_from:

@@ -30,6 +30,7 @@ class EventKind(StrEnum):
     RESPAWNED = "respawned"  # a new group takes its place
     REPLAYED = "replayed"  # unfinished requests were added again
     RECOVERED = "recovered"  # they go on
+    MOVED = "moved"  # unfinished requests go on on other replicas
     DEGRADED = "degraded"  # with fewer devices than configured
     RESTORED = "restored"  # with all devices again
     EXHAUSTED = "exhausted"  # no restart is left

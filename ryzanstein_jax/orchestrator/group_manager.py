@@ -27,14 +27,25 @@ class ProcessGroupManager:
         logs: where ranks' output goes.
         width: devices that are asked for.
         events: told of machines that come and go.
+        replica, num_replicas: of groups of this width that share this machine, each with devices of its own.
 
     Raises:
         ConfigError: the leader's address or secret is no good.
     """
 
-    def __init__(self, config: OrchestratorConfig, logs: RunLogs, width: int = 1, events: EventLog | None = None):
+    def __init__(
+        self,
+        config: OrchestratorConfig,
+        logs: RunLogs,
+        width: int = 1,
+        events: EventLog | None = None,
+        *,
+        replica: int = 0,
+        num_replicas: int = 1,
+    ):
         self._config, self._logs, self._width = config, logs, width
-        self.hosts = Hosts(config, width, events)
+        self._replica, self._num_replicas = replica, num_replicas
+        self.hosts = Hosts(config, width, events, replica=replica, num_replicas=num_replicas)
         self._has_started = False
 
     def slots(self, is_closing: Callable[[], bool]) -> tuple[int, ...]:
@@ -76,8 +87,8 @@ class ProcessGroupManager:
                     num_processes=count,
                     generation=generation,
                     slot=number,
-                    local_index=indices[agent.name],
-                    local_count=by_host[agent.name],
+                    local_index=self._replica * self._width + indices[agent.name],
+                    local_count=self._num_replicas * self._width if self._num_replicas > 1 else by_host[agent.name],
                     width=width,
                     address=coordinator.address if coordinator else "",
                     hosted=coordinator.hosted if coordinator else False,

@@ -33,24 +33,36 @@ class Hosts:
     """Knows who is here, and where each slot is.
 
     Attributes:
-        num_local: devices of this machine that take part; they are the first slots.
+        num_local: devices of this machine; they are the first slots, and those of other replicas are not used.
         is_remote: whether other machines may take part.
 
     Args:
         options: where to listen, the secret, and what this machine contributes.
         width: devices that are asked for.
         events: told of machines that come and go.
+        replica, num_replicas: which of how many replicas of this width on this machine: it has devices of its own.
 
     Raises:
         ConfigError: the secret can't be read, or the address not be listened at.
     """
 
-    def __init__(self, options: OrchestratorConfig, width: int, events: EventLog | None = None):
+    def __init__(
+        self,
+        options: OrchestratorConfig,
+        width: int,
+        events: EventLog | None = None,
+        *,
+        replica: int = 0,
+        num_replicas: int = 1,
+    ):
         self._options, self._events = options, events
         self.is_remote = options.listen is not None or options.cluster is not None
         local = options.local_devices
         if local is None:
             local = visible_gpus() if self.is_remote else visible_slots(width)
+        self._first_local = 0
+        if num_replicas > 1:
+            self._first_local, local = replica * width, (replica + 1) * width
         self.num_local = local
         self._local: LocalAgent | None = None
         self._joined = threading.Condition()  # guards what follows
@@ -115,7 +127,7 @@ class Hosts:
     def names(self) -> dict[str, int]:
         """Devices of each machine that is here, by its name."""
         with self._joined:
-            local = {} if self._local is None else {self._local.name: self.num_local}
+            local = {} if self._local is None else {self._local.name: self.num_local - self._first_local}
             return local | {name: agent.num_slots for name, agent in sorted(self._agents.items())}
 
     def locate(self, slot: int) -> tuple[HostAgent, int]:
@@ -135,7 +147,11 @@ class Hosts:
             known = sum(place[0] == name for place in self._places)
             self._places += [(name, number) for number in range(known, agent.num_slots)]
         here = {None: self.num_local} | {name: agent.num_slots for name, agent in self._agents.items()}
-        return tuple(slot for slot, (name, number) in enumerate(self._places) if number < here.get(name, 0))
+        return tuple(
+            slot
+            for slot, (name, number) in enumerate(self._places)
+            if number < here.get(name, 0) and (name is not None or number >= self._first_local)
+        )
 
     def _sweep(self) -> None:
         """Sorts out agents that are gone."""

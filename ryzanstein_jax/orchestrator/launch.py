@@ -265,7 +265,8 @@ def rank_config(
     platform = devices[0].platform
     fraction = resolve_fraction(config.memory_fraction, platform)
     if platform == "cpu":
-        fraction /= max(sum(device.host == other.host for other in devices) for device in devices)
+        sharing = max(sum(device.host == other.host for other in devices) for device in devices)
+        fraction /= sharing * config.data_parallel_size  # replicas are on one host
     if num_pages is None and config.num_pages is not None:
         num_pages = max(2, int(config.num_pages * page_share))
     elif num_pages is None:

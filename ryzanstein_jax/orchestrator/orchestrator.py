@@ -51,6 +51,7 @@ class MultiGPUOrchestrator:
         config: the model and the engine's settings.
         spec: what the model computes.
         options: how processes are started, watched and replaced.
+        replica: which of `data_parallel_size` replicas this is: it takes devices of its own.
         progress: called with what is going on, how much is done, and of how much; from another thread.
     """
 
@@ -60,6 +61,7 @@ class MultiGPUOrchestrator:
         spec: ModelSpec,
         options: OrchestratorConfig | None = None,
         *,
+        replica: int = 0,
         progress: Progress = lambda what, done, total: None,
     ):
         self.config, self.options, self.metrics = config, options or OrchestratorConfig(), Metrics()
@@ -68,10 +70,11 @@ class MultiGPUOrchestrator:
         self._state = State.CREATED
         self._failure: RyzansteinError | None = None
         self._stale = False  # the group that the engine knows is gone
+        self._num_lost = self._num_lost_known = 0  # groups: as the supervisor knows, and as the engine does
         self._replaying: tuple[int, Fault | None] | None = None
         self._io = threading.Lock()  # held while a group's sockets are in use, so that none is closed under a reader
         self._group: ProcessGroup | None = None
-        self._supervisor = Supervisor(self, config, spec, progress)
+        self._supervisor = Supervisor(self, config, spec, progress, replica)
         self.monitor, self.recovery = self._supervisor.monitor, self._supervisor.recovery
         atexit.register(self.cleanup)
 
@@ -210,14 +213,19 @@ class MultiGPUOrchestrator:
                 raise self._failure
             if self._group is None:
                 return False
-            self._stale = False
-            fault = self._supervisor.last_fault
-            self._replaying = (num_requests, fault)
+            self._stale, self._num_lost_known = False, self._num_lost
+            # Without a request nothing had to wait.
+            self._replaying = (num_requests, self._supervisor.last_fault if num_requests else None)
             generation = self._group.generation
-        self.events.record(
-            EventKind.REPLAYED, f"{num_requests} requests are replayed", generation=generation, requests=num_requests
-        )
+        if num_requests:
+            message = f"{num_requests} requests are replayed"
+            self.events.record(EventKind.REPLAYED, message, generation=generation, requests=num_requests)
         return True
+
+    def await_verdict(self, timeout: float) -> None:
+        """After a loss that the engine met, waits until the supervisor has looked into it, or so many seconds."""
+        with self._lock:
+            self._lock.wait_for(lambda: self._failure is not None or self._num_lost > self._num_lost_known, timeout)
 
     @property
     def blames_requests(self) -> bool:
@@ -288,6 +296,7 @@ class MultiGPUOrchestrator:
         with self._lock:
             self._stale = True
             self._group = None
+            self._num_lost += 1
             if self._state is not State.DRAINING:
                 self.change(State.RECOVERING)
 

@@ -33,6 +33,8 @@ _NEXT: dict[State, set[State]] = {
 
 #: States in which steps run.
 SERVING = frozenset({State.READY, State.DEGRADED})
+#: States after which steps never run again.
+ENDED = frozenset({State.DRAINING, State.FAILED, State.CLOSED})
 
 
 def check_transition(before: State, after: State) -> None:

@@ -36,10 +36,11 @@ class Supervisor:
         owner: the orchestrator that it serves.
         config, spec: the model.
         progress: of loading.
+        replica: which of `data_parallel_size` this is.
     """
 
-    def __init__(self, owner: Owner, config: EngineConfig, spec: ModelSpec, progress: Progress):
-        self._owner, self._config, self._progress = owner, config, progress
+    def __init__(self, owner: Owner, config: EngineConfig, spec: ModelSpec, progress: Progress, replica: int = 0):
+        self._owner, self._config, self._progress, self._replica = owner, config, progress, replica
         self._options, self._events = owner.options, owner.events
         self.monitor = HealthMonitor(self._options)
         self.recovery = FailureRecoveryManager(self._options)
@@ -131,8 +132,10 @@ class Supervisor:
     def _run(self) -> None:
         try:
             self._logs = RunLogs(self._options.log_dir, max_file_bytes=max(1 << 16, self._options.log_bytes // 2))
-            width = self._config.tensor_parallel_size
-            self._manager = ProcessGroupManager(self._options, self._logs, width, self._events)
+            width, replicas = self._config.tensor_parallel_size, self._config.data_parallel_size
+            self._manager = ProcessGroupManager(
+                self._options, self._logs, width, self._events, replica=self._replica, num_replicas=replicas
+            )
             self._gpus = GpuWatch(
                 GpuTelemetry(),
                 self._options.health_check_interval_sec,
@@ -317,8 +320,8 @@ class Supervisor:
         by_rank = {rank.rank: rank.slot for rank in group.ranks} if group is not None else {}
         # The device of a rank that merely suffered is not to blame.
         slots = tuple(by_rank[rank] for rank in fault.ranks if by_rank.get(rank, -1) >= 0 and not fault.is_effect)
-        self._owner.lose()
         self.last_fault, self._suspected = fault, []
+        self._owner.lose()
         self._events.record(
             EventKind.PROBE_FAILED if "probe" in fault.message else EventKind.FAULT,
             str(fault),

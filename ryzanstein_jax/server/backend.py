@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, Protocol
 
-from ryzanstein_jax.engine.report import RankUsage, SetupReport
-from ryzanstein_jax.engine.scheduler import SchedulerStats
+from ryzanstein_jax.engine.report import RankUsage, SchedulerStats, SetupReport
 from ryzanstein_jax.engine.tokens import Tokenizer
 from ryzanstein_jax.metrics import Metrics
 from ryzanstein_jax.request import PoolingParams, RequestOutput, SamplingParams
 
 
 class Chunk(Protocol):
-    """What a stream adds; `llm.StreamChunk`."""
+    """What a stream adds; `streams.StreamChunk`."""
 
     @property
     def index(self) -> int: ...
@@ -31,20 +30,11 @@ class Chunk(Protocol):
     def output(self) -> RequestOutput: ...
 
 
-class Backend(Protocol):
-    """An engine that streams. All but `stream` is called from the event loop and must not wait."""
-
-    @property
-    def tokenizer(self) -> Tokenizer | None: ...
-
-    @property
-    def max_length(self) -> int: ...
+class ReplicaView(Protocol):
+    """What there is to tell of one of a backend's replicas; where there is one only, of the backend."""
 
     @property
     def metrics(self) -> Metrics: ...
-
-    @property
-    def is_alive(self) -> bool: ...
 
     @property
     def orchestrator(self) -> Any: ...
@@ -57,6 +47,30 @@ class Backend(Protocol):
     def cpu_seconds(self) -> float: ...
 
     def usage(self) -> list[RankUsage]: ...
+
+
+class Backend(Protocol):
+    """An engine that streams. All but `stream` is called from the event loop and must not wait."""
+
+    @property
+    def tokenizer(self) -> Tokenizer | None: ...
+
+    @property
+    def max_length(self) -> int: ...
+
+    @property
+    def replicas(self) -> Sequence[ReplicaView]: ...
+
+    @property
+    def is_alive(self) -> bool: ...
+
+    @property
+    def orchestrator(self) -> Any: ...
+
+    @property
+    def report(self) -> SetupReport: ...
+
+    def stats(self) -> SchedulerStats: ...
 
     def get_default_sampling_params(self) -> SamplingParams: ...
 

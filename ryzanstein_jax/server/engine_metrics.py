@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from ryzanstein_jax.metrics import SECONDS_BUCKETS, HistogramSnapshot, MetricsSnapshot
-from ryzanstein_jax.server.backend import Backend
+from ryzanstein_jax.server.backend import ReplicaView
 from ryzanstein_jax.server.health import Health, Status
 from ryzanstein_jax.server.instruments import PREFIX
 
@@ -20,6 +20,7 @@ _COUNTERS = {
     "restarts": "Times that worker processes were replaced.",
     "faults": "Faults of worker processes and devices.",
     "requests_replayed": "Requests that went on after a recovery.",
+    "requests_moved": "Requests that went on on another replica.",
 }
 #: The two executors measure waiting for a step's result under names of their own.
 _STEP = ("step_wait_seconds", "step_fetch_seconds")
@@ -46,12 +47,31 @@ class EngineCollector(Collector):
         yield status
         age = "Seconds since the engine's last step; near 0 while idle."
         yield GaugeMetricFamily(f"{PREFIX}_last_progress_age_seconds", age, health.progress_age if backend else 0.0)
-        snapshot = backend.metrics.snapshot() if backend else MetricsSnapshot(counters={}, histograms={})
-        yield from _of_snapshot(snapshot)
-        if backend is not None:
-            yield from _of_scheduler(backend)
-            yield from _of_devices(backend)
-            yield from _of_leader(backend)
+        if backend is None:
+            yield from _of_snapshot(MetricsSnapshot(counters={}, histograms={}))
+            return
+        yield from _of_replicas(backend.replicas)
+        yield from _of_leader(backend.replicas)
+
+
+def _of_replicas(replicas: Sequence[ReplicaView]) -> Iterator[Metric]:
+    """Of each; where there are several, told apart by a label."""
+    if len(replicas) == 1:
+        yield from _of_replica(replicas[0])
+        return
+    found: dict[str, Metric] = {}
+    for number, replica in enumerate(replicas):
+        for family in _of_replica(replica):
+            whole = found.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+            for sample in family.samples:
+                whole.samples.append(sample._replace(labels={**sample.labels, "replica": str(number)}))
+    yield from found.values()
+
+
+def _of_replica(replica: ReplicaView) -> Iterator[Metric]:
+    yield from _of_snapshot(replica.metrics.snapshot())
+    yield from _of_scheduler(replica)
+    yield from _of_devices(replica)
 
 
 def _of_snapshot(snapshot: MetricsSnapshot) -> Iterator[Metric]:
@@ -69,8 +89,8 @@ def _of_snapshot(snapshot: MetricsSnapshot) -> Iterator[Metric]:
             yield CounterMetricFamily(f"{PREFIX}_engine_{name}", "A counter of the engine.", count)
 
 
-def _of_scheduler(backend: Backend) -> Iterator[Metric]:
-    stats = backend.stats()
+def _of_scheduler(replica: ReplicaView) -> Iterator[Metric]:
+    stats = replica.stats()
     sequences = GaugeMetricFamily(f"{PREFIX}_sequences", "Sequences in the scheduler, by state.", labels=["state"])
     sequences.add_metric(["running"], stats.num_running)
     sequences.add_metric(["waiting"], stats.num_waiting)
@@ -85,17 +105,18 @@ def _of_scheduler(backend: Backend) -> Iterator[Metric]:
     queries = "Tokens looked for in the prefix cache."
     yield CounterMetricFamily(f"{PREFIX}_prefix_cache_queries", queries, stats.num_prefix_queries)
     yield CounterMetricFamily(f"{PREFIX}_prefix_cache_hits", "Tokens found there.", stats.num_prefix_hits)
-    orchestrator = backend.orchestrator
+    orchestrator = replica.orchestrator
     if orchestrator is not None:
-        yield GaugeMetricFamily(f"{PREFIX}_devices", "Devices that serve.", orchestrator.width)
+        width = orchestrator.width if str(orchestrator.state) in ("ready", "degraded") else 0
+        yield GaugeMetricFamily(f"{PREFIX}_devices", "Devices that serve.", width)
 
 
-def _of_devices(backend: Backend) -> Iterator[Metric]:
+def _of_devices(replica: ReplicaView) -> Iterator[Metric]:
     """What each rank uses, and how the memory of one is divided."""
     memory = GaugeMetricFamily(f"{PREFIX}_device_memory_bytes", "In use on the device of a rank.", labels=["rank"])
     text = "Results of collectives that a rank received, since its process began."
     moved = CounterMetricFamily(f"{PREFIX}_collective_bytes", text, labels=["rank"])
-    for rank in backend.usage():
+    for rank in replica.usage():
         if rank.memory_bytes is not None:
             memory.add_metric([str(rank.rank)], rank.memory_bytes)
         moved.add_metric([str(rank.rank)], rank.collective_bytes)
@@ -104,15 +125,15 @@ def _of_devices(backend: Backend) -> Iterator[Metric]:
     text = "Of each device, as computed at the start."
     plan = GaugeMetricFamily(f"{PREFIX}_memory_plan_bytes", text, labels=["part"])
     for part in ("total", "budget", "weights", "temporaries", "logits", "kv_cache"):
-        plan.add_metric([part], getattr(backend.report.memory, part))
+        plan.add_metric([part], getattr(replica.report.memory, part))
     yield plan
 
 
-def _of_leader(backend: Backend) -> Iterator[Metric]:
-    text = "Processor time of the event loop and of the engine's thread: over tokens, what a token costs the leader."
+def _of_leader(replicas: Sequence[ReplicaView]) -> Iterator[Metric]:
+    text = "Processor time of the event loop and of the engines' threads: over tokens, what a token costs the leader."
     seconds = CounterMetricFamily(f"{PREFIX}_leader_cpu_seconds", text, labels=["thread"])
     seconds.add_metric(["server"], time.thread_time())  # Prometheus is answered by the event loop
-    seconds.add_metric(["engine"], backend.cpu_seconds())
+    seconds.add_metric(["engine"], sum(replica.cpu_seconds() for replica in replicas))
     yield seconds
 
 

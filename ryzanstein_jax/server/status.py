@@ -80,6 +80,33 @@ def _values(metric: Counter | Gauge) -> dict[str, int]:
     return {next(iter(sample.labels.values()), ""): int(sample.value) for sample in samples}
 
 
+def _ranks(backend: Backend) -> list[dict[str, Any]]:
+    several = len(backend.replicas) > 1
+    return [
+        {**({"replica": number} if several else {}), **vars(rank)}
+        for number, replica in enumerate(backend.replicas)
+        for rank in replica.usage()
+    ]
+
+
+def _replicas(backend: Backend) -> list[dict[str, Any]]:
+    found = []
+    for number, replica in enumerate(backend.replicas):
+        stats, orchestrator = replica.stats(), replica.orchestrator
+        found.append(
+            {
+                "replica": number,
+                "state": "ready" if orchestrator is None else str(orchestrator.state),
+                "running": stats.num_running,
+                "waiting": stats.num_waiting,
+                "steps": stats.num_steps,
+                "pages": {"total": stats.num_pages, "used": stats.num_pages_used, "idle": stats.num_pages_idle},
+                "requests_moved": replica.metrics.counter("requests_moved"),
+            }
+        )
+    return found
+
+
 def _engine(backend: Backend, age: float) -> dict[str, Any]:
     stats = backend.stats()
     return {
@@ -93,5 +120,6 @@ def _engine(backend: Backend, age: float) -> dict[str, Any]:
         "preemptions": stats.num_preemptions,
         "prefix_cache": {"queries": stats.num_prefix_queries, "hits": stats.num_prefix_hits},
         "progress_age_seconds": round(age, 3),
-        "ranks": [vars(rank) for rank in backend.usage()],
+        "replicas": _replicas(backend),
+        "ranks": _ranks(backend),
     }

@@ -16,16 +16,15 @@ import openai
 import uvicorn
 
 from ryzanstein_jax.budget import MemoryPlan
-from ryzanstein_jax.engine.report import RankUsage, SetupReport
-from ryzanstein_jax.engine.scheduler import SchedulerStats
+from ryzanstein_jax.engine.report import RankUsage, SchedulerStats, SetupReport
 from ryzanstein_jax.engine.tokens import Tokenizer
-from ryzanstein_jax.llm import StreamChunk, StreamCursor
 from ryzanstein_jax.metrics import Metrics
 from ryzanstein_jax.request import CompletionOutput, PoolingParams, RequestOutput, RequestTimings, SamplingParams
 from ryzanstein_jax.server.app import make_app
 from ryzanstein_jax.server.run import bind, uvicorn_config
 from ryzanstein_jax.server.service import Service
 from ryzanstein_jax.server.settings import ServerConfig
+from ryzanstein_jax.streams import StreamChunk, StreamCursor
 
 MODEL = "tiny"
 
@@ -40,6 +39,10 @@ class FakeBackend:
         self.priorities: list[int] = []
         self.ends = "length"  # how completions do
         self.act: Callable[[int], Any] | None = None
+
+    @property
+    def replicas(self) -> "list[FakeBackend]":
+        return [self]
 
     def stats(self) -> SchedulerStats:
         return SchedulerStats(self.active, 0, 100, self.active, 0, self.num_steps, 0, 0, 0)

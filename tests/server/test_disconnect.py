@@ -11,6 +11,7 @@ from collections.abc import Callable
 import pytest
 
 from ryzanstein_jax import AsyncLLM
+from ryzanstein_jax.replicas import Ticket
 from tests.server.serving import Served, serving, wait_until
 
 NUM_CONNECTIONS = 300
@@ -52,16 +53,17 @@ def test_pages_are_free_within_two_steps(served: Served, engine: AsyncLLM):
         )
         wait_until(lambda: engine.stats().num_pages_used > 0)
         steps: list[int] = []
-        forget = engine._forget
+        (replica,) = engine.replicas
+        forget = replica.forget
 
-        def noted(request_id: str, forget: Callable[[str], None] = forget, steps: list[int] = steps) -> None:
+        def noted(ticket: Ticket, forget: Callable[[Ticket], None] = forget, steps: list[int] = steps) -> None:
             steps.append(engine.stats().num_steps)
-            forget(request_id)
+            forget(ticket)
 
-        engine._forget = noted  # type: ignore[method-assign]
+        replica.forget = noted  # type: ignore[method-assign]
         connection.close()
         wait_until(lambda: engine.stats().num_pages_used == 0)
-        engine._forget = forget  # type: ignore[method-assign]
+        replica.forget = forget  # type: ignore[method-assign]
         assert steps and engine.stats().num_steps - steps[0] <= 2
         assert steps[0] - begun < 110, "it was still under way"
 
