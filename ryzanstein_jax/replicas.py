@@ -12,29 +12,37 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, cast
+from typing import Protocol, cast
 
 from ryzanstein_jax.engine.engine import Engine
-from ryzanstein_jax.engine.executor import RestartableExecutor
+from ryzanstein_jax.engine.executor import Executor, RestartableExecutor
 from ryzanstein_jax.engine.outputs import RequestState
 from ryzanstein_jax.engine.report import RankUsage, SchedulerStats, SetupReport
 from ryzanstein_jax.engine.router import Router
 from ryzanstein_jax.errors import EngineClosedError
 from ryzanstein_jax.metrics import Metrics
 from ryzanstein_jax.orchestrator.events import EventKind
+from ryzanstein_jax.orchestrator.orchestrator import MultiGPUOrchestrator
 from ryzanstein_jax.orchestrator.states import ENDED
 from ryzanstein_jax.request import RequestOutput
-from ryzanstein_jax.start import as_orchestrator
 from ryzanstein_jax.streams import StreamChunk, StreamCursor
-
-if TYPE_CHECKING:
-    from ryzanstein_jax.engine.local import LocalExecutor
-    from ryzanstein_jax.orchestrator.orchestrator import MultiGPUOrchestrator
 
 #: How long requests that are about to move wait to learn whether one of them may be the reason, in seconds.
 _VERDICT_SECONDS = 0.5
 #: How often a replica without devices looks for some, in seconds.
 _LOOK_SECONDS = 0.02
+
+
+class MeasuredExecutor(Executor, Protocol):
+    """An executor that tells what it costs: `LocalExecutor` or `MultiGPUOrchestrator`."""
+
+    @property
+    def metrics(self) -> Metrics: ...
+
+    @property
+    def report(self) -> SetupReport: ...
+
+    def usage(self) -> list[RankUsage]: ...
 
 
 class Ticket:
@@ -66,8 +74,9 @@ class Replica:
         fleet: all replicas, itself included.
     """
 
-    def __init__(self, number: int, executor: LocalExecutor | MultiGPUOrchestrator, engine: Engine, fleet: Replicas):
+    def __init__(self, number: int, executor: MeasuredExecutor, engine: Engine, fleet: Replicas):
         self.number, self.executor, self.engine, self._fleet = number, executor, engine, fleet
+        self._restartable = cast(RestartableExecutor, executor) if hasattr(executor, "restart") else None
         self._tickets: dict[str, Ticket] = {}
         #: What the thread shall do between steps; None ends it.
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -89,8 +98,7 @@ class Replica:
     @property
     def is_up(self) -> bool:
         """Whether a request would run now, as far as is known."""
-        orchestrator = self.orchestrator
-        return self.is_alive and not self.engine.is_lost and (orchestrator is None or orchestrator.is_serving)
+        return self.is_alive and not self.engine.is_lost and (self._restartable is None or self._restartable.is_serving)
 
     @property
     def has_failed(self) -> bool:
@@ -101,7 +109,7 @@ class Replica:
     @property
     def orchestrator(self) -> MultiGPUOrchestrator | None:
         """What watches its worker processes; None where the devices are in this process."""
-        return as_orchestrator(self.executor)
+        return self.executor if isinstance(self.executor, MultiGPUOrchestrator) else None
 
     @property
     def metrics(self) -> Metrics:
@@ -209,9 +217,9 @@ class Replica:
         if self._is_alone:
             return True
         seen = time.monotonic()
-        executor = cast(RestartableExecutor, self.executor)
-        executor.await_verdict(_VERDICT_SECONDS)
-        if executor.is_serving:  # they have come; or they were lost, and replaced, while nothing ran
+        assert self._restartable is not None
+        self._restartable.await_verdict(_VERDICT_SECONDS)
+        if self._restartable.is_serving:  # they have come; or they were lost, and replaced, while nothing ran
             return True
         has_failed = self.has_failed  # as of now: where nobody will come, its requests end
         if self._tickets and self._fleet.refuges(self):
@@ -281,7 +289,7 @@ class Replicas:
         page_size: tokens of a page of the KV cache.
     """
 
-    def __init__(self, parts: Sequence[tuple[LocalExecutor | MultiGPUOrchestrator, Engine]], page_size: int):
+    def __init__(self, parts: Sequence[tuple[MeasuredExecutor, Engine]], page_size: int):
         self.router = Router(len(parts), page_size, parts[0][0].limits.num_pages)
         self.all = [Replica(number, executor, engine, self) for number, (executor, engine) in enumerate(parts)]
         for replica in self.all:
