@@ -51,7 +51,7 @@ class Fleet:
         """As `MultiGPUOrchestrator.status` has it: sums, the ranks and events of all, and each replica by itself."""
         each = [{"replica": number, **one.status()} for number, one in enumerate(self._orchestrators())]
         numbered = [(status["replica"], status) for status in each]
-        events = [{**event, "replica": number} for number, status in numbered for event in status.pop("events")]
+        events = [event for status in each for event in status.pop("events")]
         ranks = [{**rank, "replica": number} for number, status in numbered for rank in status["health"]["ranks"]]
         excluded = {slot: reason for status in each for slot, reason in status["excluded"].items()}
         failures = [f"replica {number}: {status['failure']}" for number, status in numbered if status["failure"]]

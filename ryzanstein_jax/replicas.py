@@ -238,7 +238,7 @@ class Replica:
         self.metrics.count("requests_moved", moved)
         if self.orchestrator is not None:
             message = f"{moved} requests go on on other replicas"
-            self.orchestrator.events.record(EventKind.MOVED, message, requests=moved, replica=self.number)
+            self.orchestrator.events.record(EventKind.MOVED, message, requests=moved)
 
     def take_over(self, ticket: Ticket, state: RequestState) -> None:
         """Goes on with a request of another replica."""

@@ -109,7 +109,7 @@ def check_start(
         for field in ("listen", "cluster", "local_devices"):
             value = getattr(options, field)
             if value is not None:
-                raise ConfigError(field, value, "replicas (data_parallel_size) take devices of this machine: leave it")
+                raise ConfigError(field, value, "replicas (data_parallel_size) are on this machine: leave it out")
         if not options.process_per_device:
             raise ConfigError(
                 "process_per_device", False, "replicas (data_parallel_size) take single devices: use True"

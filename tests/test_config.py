@@ -12,6 +12,7 @@ from ryzanstein_jax.errors import ConfigError, RyzansteinError
 INTEGERS = {
     "tensor_parallel_size": (1, 4096),
     "max_model_len": (2, 1 << 24),
+    "data_parallel_size": (1, 256),
     "num_pages": (2, 1 << 30),
     "max_num_seqs": (1, 4096),
     "max_num_batched_tokens": (16, 1 << 20),

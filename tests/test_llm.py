@@ -131,6 +131,7 @@ def test_a_closed_model_says_so(golden):
         ({"max_model_len": 10**6}, "the model's own limit is 128"),
         ({"tensor_parallel_size": 64}, "8 cpu devices"),
         ({"dtype": "float8"}, "use one of"),
+        ({"data_parallel_size": 2}, "use AsyncLLM"),
     ],
 )
 def test_a_bad_setting_is_named_with_its_remedy(settings, message):

@@ -2,6 +2,7 @@
 
 A replica keeps the pages of prompts that it served. A request whose prompt begins like one of them is cheaper there, so
 it goes there, unless that replica is clearly more loaded: then another one computes the prefix once, and has it too.
+How much more depends on the prefix: the few tokens that a chat template begins with are worth no detour.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from ryzanstein_jax.engine.blocks import extend_keys
 
 #: Leading pages of a prompt that are looked at: what prompts have in common is at their beginning.
 _MOST_PAGES = 64
-#: A replica with the prefix may have so many sequences more than the least loaded one, or half as many more.
+#: So many tokens found outweigh one sequence more that a replica has.
+_TOKENS = 64
+#: But a replica may never have so many sequences more than the least loaded one, or more than half as many more.
 _EXTRA = 4
 
 
@@ -83,14 +86,13 @@ class Router:
             self._served[replica].clear()
 
     def _choose(self, keys: Sequence[bytes], candidates: Sequence[int]) -> int:
-        def order(replica: int) -> tuple[int, int]:
-            return self.loads[replica], self._taken[replica]
+        def cost(replica: int) -> tuple[int, int]:
+            found = self._num_known(keys, replica) * self._page_size
+            return self.loads[replica] * _TOKENS - found, self._taken[replica]
 
-        least = min(candidates, key=order)
-        found = {replica: self._num_known(keys, replica) for replica in candidates}
-        nearest = min(candidates, key=lambda replica: (-found[replica], order(replica)))
-        most = self.loads[least] + max(_EXTRA, self.loads[least] // 2)
-        return nearest if found[nearest] and self.loads[nearest] <= most else least
+        least = min(self.loads[replica] for replica in candidates)
+        most = least + max(_EXTRA, least // 2)
+        return min((replica for replica in candidates if self.loads[replica] <= most), key=cost)
 
     def _num_known(self, keys: Sequence[bytes], replica: int) -> int:
         """How many leading pages a replica has served."""

@@ -103,14 +103,16 @@ class EventLog:
 
     Args:
         limit: how many events are kept.
+        replica: whose events these are, which each of them tells; None where there is one replica only.
 
     Raises:
         ConfigError: the limit is below 1.
     """
 
-    def __init__(self, limit: int = 1000):
+    def __init__(self, limit: int = 1000, replica: int | None = None):
         if limit < 1:
             raise ConfigError("limit", limit, "keep at least 1 event")
+        self._common: dict[str, object] = {} if replica is None else {"replica": replica}
         self._lock = threading.Lock()
         self._events: deque[Event] = deque(maxlen=limit)
 
@@ -147,7 +149,7 @@ class EventLog:
             raise ConfigError("severity", severity, f"use one of {', '.join(SEVERITIES)}")
         if len(extra) > MAX_EXTRA or {"time", "monotonic"} & extra.keys():
             raise ConfigError("extra", sorted(extra), f"give at most {MAX_EXTRA} fields, none named like one of Event")
-        plain = {name: _plain(value) for name, value in extra.items()}
+        plain = self._common | {name: _plain(value) for name, value in extra.items()}
         # Times are taken under the lock, so that the history is in their order.
         with self._lock:
             now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

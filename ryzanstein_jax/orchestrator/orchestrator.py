@@ -65,12 +65,14 @@ class MultiGPUOrchestrator:
         progress: Progress = lambda what, done, total: None,
     ):
         self.config, self.options, self.metrics = config, options or OrchestratorConfig(), Metrics()
-        self.events = EventLog()
+        self.events = EventLog(replica=replica if config.data_parallel_size > 1 else None)
         self._lock = threading.Condition()
         self._state = State.CREATED
         self._failure: RyzansteinError | None = None
         self._stale = False  # the group that the engine knows is gone
         self._num_lost = self._num_lost_known = 0  # groups: as the supervisor knows, and as the engine does
+        self._in_flight = 0  # steps
+        self._was_idle = False  # when the last group was lost and replaced
         self._replaying: tuple[int, Fault | None] | None = None
         self._io = threading.Lock()  # held while a group's sockets are in use, so that none is closed under a reader
         self._group: ProcessGroup | None = None
@@ -168,6 +170,7 @@ class MultiGPUOrchestrator:
         self.monitor.clock.begin(len(plan.token_ids))
         with self.metrics.span("step_broadcast_seconds"), self._using(group):
             group.broadcast(plan.to_bytes())
+        self._in_flight += 1
         self.metrics.count("steps")
 
     def collect(self) -> StepResult:
@@ -184,6 +187,7 @@ class MultiGPUOrchestrator:
             if kind is not Kind.RESULT:
                 raise FrameError(f"a frame {kind.name} where results come")
             result = StepResult.from_bytes(payload)
+        self._in_flight -= 1
         self.monitor.clock.end()
         if self._replaying is not None:
             self._note_recovered()
@@ -213,7 +217,9 @@ class MultiGPUOrchestrator:
                 raise self._failure
             if self._group is None:
                 return False
-            self._stale, self._num_lost_known = False, self._num_lost
+            if self._was_idle:
+                num_requests = 0
+            self._stale, self._num_lost_known, self._in_flight, self._was_idle = False, self._num_lost, 0, False
             # Without a request nothing had to wait.
             self._replaying = (num_requests, self._supervisor.last_fault if num_requests else None)
             generation = self._group.generation
@@ -238,6 +244,7 @@ class MultiGPUOrchestrator:
             if self._failure is not None:
                 raise self._failure
             if self._stale or self._group is None:
+                self._was_idle = self._group is not None and not self._in_flight
                 raise DeviceStateLostError("the worker processes were lost; they are being replaced")
             return self._group
 

@@ -33,20 +33,36 @@ def test_only_candidates_are_chosen():
 
 
 def test_a_prefix_goes_where_it_was_served_unless_that_one_is_clearly_more_loaded():
-    made, everyone = router(), [0, 1, 2]
-    keys = made.keys(PROMPT)
-    assert len(keys) == 9, "the page that holds the last token is always computed"
+    made, everyone = router(num_pages=200), [0, 1, 2]
+    keys = made.keys([*range(400)])
     assert made.take(keys, 1, everyone) == 0
-    longer = made.keys([*PROMPT, *range(50)])
-    assert longer[: len(keys)] == keys
-    assert [made.take(longer, 1, everyone) for _ in range(4)] == [0] * 4
+    assert [made.take(keys, 1, everyone) for _ in range(4)] == [0] * 4
     assert made.loads == [5, 0, 0]
     other = made.take(keys, 1, everyone)
-    assert other in (1, 2), "more than four more than the least loaded: another one computes it too"
+    assert other == 1, "more than four more than the least loaded: another one computes it too"
     # Two have it now: the less loaded of them gets the next, though the third has nothing to do at all.
     assert made.take(keys, 1, everyone) == other
     made.leave(0, 5)
     assert made.take(keys, 1, everyone) == 0, "of two that have it, the less loaded one"
+
+
+def test_a_prefix_counts_by_its_length():
+    made, everyone = router(num_pages=200), [0, 1, 2]
+    short, long = made.keys([1] * 41), made.keys([2] * 130)
+    assert len(short) == 10, "40 tokens"
+    assert [made.take(short, 1, everyone) for _ in range(4)] == [0, 1, 2, 0], "not worth one sequence more"
+    made.leave(0, 2)
+    assert made.take(long, 1, everyone) == 0
+    assert [made.take(long, 1, everyone) for _ in range(3)] == [0, 0, 1], "128 tokens: two more"
+    made.leave(0, 3)
+    assert made.take(short, 1, everyone) == 0 and made.take(short, 1, [1, 2]) == 2, "among equals it decides"
+
+
+def test_keys_are_those_of_pages_that_can_be_found():
+    made = router()
+    keys = made.keys(PROMPT)
+    assert len(keys) == 9, "the page that holds the last token is always computed"
+    assert made.keys([*PROMPT, *range(50)])[:9] == keys != made.keys([7, *PROMPT])[:9]
 
 
 def test_the_longest_known_prefix_wins():

@@ -71,3 +71,8 @@ def test_what_is_refused(bad):
     assert log.list() == ()
     with pytest.raises(ConfigError, match="at least 1"):
         EventLog(limit=0)
+
+
+def test_events_of_replicas_say_whose_they_are():
+    assert json.loads(EventLog(replica=1).record(EventKind.READY, "").to_json())["replica"] == 1
+    assert "replica" not in EventLog().record(EventKind.READY, "").to_json()

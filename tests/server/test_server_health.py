@@ -208,4 +208,14 @@ def test_the_dashboard_names_metrics_that_exist(fake):
     assert len(named) > 20 and named <= exist, named - exist
     assert {panel["id"] for panel in dashboard["panels"]} == set(range(1, len(dashboard["panels"]) + 1))
     labels = set(re.findall(r"by \(([^)]*)\)", " ".join(expressions)))
-    assert labels <= {"le", "state", "status", "finish_reason", "code", "route, status", "rank", "part", "thread"}
+    assert labels <= {
+        "le",
+        "state",
+        "status",
+        "finish_reason",
+        "code",
+        "route, status",
+        "replica, rank",
+        "part",
+        "thread",
+    }

@@ -72,25 +72,38 @@ function row(cells) {
   return made;
 }
 
+function several(engine) {
+  return engine && engine.replicas.length > 1 ? engine.replicas : [];
+}
+
+function place(rank) {
+  return rank.replica === undefined ? rank.rank : `${rank.replica} / ${rank.rank}`;
+}
+
 function showDevices(found) {
   const { engine, orchestrator } = found;
   const facts = engine ? [engine.device, engine.dtype] : [];
   if (orchestrator) {
     facts.push(`${orchestrator.width} of ${orchestrator.configured_width} devices serve`);
     facts.push(`started ${orchestrator.generation} times`, `${orchestrator.faults} faults`);
+    for (const replica of several(engine)) {
+      const queued = replica.waiting ? ` + ${replica.waiting}` : "";
+      facts.push(`replica ${replica.replica}: ${replica.state}, ${replica.running}${queued} sequences`);
+    }
     for (const [slot, why] of Object.entries(orchestrator.excluded)) facts.push(`without device ${slot}: ${why}`);
     if (orchestrator.failure) facts.push(orchestrator.failure);
   }
   text("group", facts.join(" · "));
   const ranks = orchestrator
     ? orchestrator.health.ranks.map((rank) => [
-        rank.rank, rank.slot, rank.pid > 0 ? rank.pid : "elsewhere", rank.phase, rank.done.toLocaleString(),
+        place(rank), rank.slot, rank.pid > 0 ? rank.pid : "elsewhere", rank.phase, rank.done.toLocaleString(),
         bytes(rank.memory_bytes), bytes(rank.collective_bytes), `${rank.silent_seconds.toFixed(2)} s ago`,
       ])
     : (engine?.ranks ?? []).map((rank) => [
-        rank.rank, "–", "this one", "serving", engine.steps.toLocaleString(), bytes(rank.memory_bytes),
+        place(rank), "–", "this one", "serving", engine.steps.toLocaleString(), bytes(rank.memory_bytes),
         bytes(rank.collective_bytes), "–",
       ]);
+  text("rank-head", several(engine).length ? "Replica / rank" : "Rank");
   find("ranks").replaceChildren(...ranks.map(row));
   if (!ranks.length) find("ranks").append(row(["–", "–", "–", engine ? "being replaced" : "being started"]));
 }
@@ -98,7 +111,7 @@ function showDevices(found) {
 function showEvents(events) {
   const list = find("events");
   for (const event of events) {
-    const key = `${event.time} ${event.kind} ${event.rank} ${event.message}`;
+    const key = `${event.time} ${event.kind} ${event.replica} ${event.rank} ${event.message}`;
     if (seen.has(key)) continue;
     seen.add(key);
     const item = document.createElement("li");
@@ -111,7 +124,7 @@ function showEvents(events) {
     kind.className = "kind";
     kind.textContent = event.kind;
     said.className = "text";
-    said.textContent = event.message;
+    said.textContent = event.replica === undefined ? event.message : `replica ${event.replica}: ${event.message}`;
     item.append(time, kind, said);
     list.prepend(item);
   }
