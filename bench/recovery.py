@@ -53,10 +53,11 @@ class Drill:
         model, width: what serves.
         max_tokens: length of each stream.
         vocab_size: of the model; prompts are random tokens.
+        replicas: how many groups there are.
         options: of the orchestrator, beside those that let it never give up.
     """
 
-    def __init__(self, model: str, width: int, max_tokens: int, vocab_size: int, **options: Any):
+    def __init__(self, model: str, width: int, max_tokens: int, vocab_size: int, *, replicas: int = 1, **options: Any):
         self._max_tokens, self._vocab_size = max_tokens, vocab_size
         patient = dict(restart_backoff_sec=0.0, max_restart_attempts=10_000, max_device_failures=10_000)
         began = time.monotonic()
@@ -64,6 +65,7 @@ class Drill:
             model,
             executor="processes",
             tensor_parallel_size=width,
+            data_parallel_size=replicas,
             max_num_seqs=STREAMS,
             max_num_batched_tokens=256,
             max_model_len=128,
@@ -109,8 +111,17 @@ class Drill:
 
         A standby is ready by then, as it is some seconds after the last fault.
         """
-        expected, round_, struck = self.expected(number), Round(), []
         self.await_standby()
+        before = len(self.events("recovered"))
+        found = self.disturb(number, act, after_tokens)
+        assert len(self.events("recovered")) > before, "there was nothing to recover from"
+        recovered = self.events("recovered")[-1]
+        found["parts"] = {name: value for name, value in recovered.items() if name.endswith("_seconds")}
+        return found | {"requests_replayed": recovered["requests"]}
+
+    def disturb(self, number: int, act: Callable[[Drill], None], after_tokens: int) -> dict[str, Any]:
+        """Runs a round in which `act` happens once so many tokens have come, and says what clients saw of it."""
+        expected, round_, struck = self.expected(number), Round(), []
 
         def watch() -> None:
             while round_.num_tokens < after_tokens:
@@ -118,18 +129,14 @@ class Drill:
             struck.append(time.monotonic())
             act(self)
 
-        before = len(self.events("recovered"))
         thread = threading.Thread(target=watch)
         thread.start()
         self.run(number, round_)
         thread.join()
-        assert len(self.events("recovered")) > before, "there was nothing to recover from"
-        fault, recovered = self.events("fault", "probe_failed")[-1], self.events("recovered")[-1]
+        fault = self.events("fault", "probe_failed")[-1]
         return {
             "seconds_to_detect": fault["monotonic"] - struck[0],
             "seconds_to_next_token_of_every_stream": round_.longest_pause(struck[0]),
-            "parts": {name: value for name, value in recovered.items() if name.endswith("_seconds")},
-            "requests_replayed": recovered["requests"],
             "requests_lost": len(round_.errors),
             "requests_with_other_tokens": sum(
                 ours != theirs for ours, theirs in zip(round_.tokens, expected, strict=True)
@@ -137,11 +144,23 @@ class Drill:
         }
 
     def await_standby(self) -> None:
-        """Until a standby is prepared."""
+        """Until each group has a standby that is prepared."""
         deadline = time.monotonic() + 120.0
-        while not (self.status()["standby"] or {}).get("prepared"):
+        while not all((one["standby"] or {}).get("prepared") for one in self.groups()):
             assert time.monotonic() < deadline, self.status()
             time.sleep(0.05)
+
+    def await_ready(self) -> None:
+        """Until all groups serve."""
+        deadline = time.monotonic() + 120.0
+        while not all(replica.is_up for replica in self.llm.replicas):
+            assert time.monotonic() < deadline, self.status()
+            time.sleep(0.05)
+
+    def groups(self) -> list[dict[str, Any]]:
+        """The status of each group."""
+        status = self.status()
+        return status.get("replicas", [status])
 
     def pids(self) -> list[int]:
         """Processes of the ranks."""
@@ -153,8 +172,9 @@ class Drill:
 
     def events(self, *kinds: str) -> list[dict[str, Any]]:
         """All events of some kinds, oldest first."""
-        assert self.llm.orchestrator is not None
-        return [json.loads(event.to_json()) for event in self.llm.orchestrator.events.list() if event.kind in kinds]
+        logs = [replica.orchestrator.events for replica in self.llm.replicas if replica.orchestrator is not None]
+        found = [json.loads(event.to_json()) for log in logs for event in log.list() if event.kind in kinds]
+        return sorted(found, key=lambda event: event["monotonic"])
 
     def close(self) -> None:
         self.llm.close()
