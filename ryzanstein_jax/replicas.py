@@ -71,11 +71,11 @@ class Replica:
     Args:
         number: which one it is.
         executor, engine: just made; closed when the thread ends.
-        fleet: all replicas, itself included.
+        peers: all replicas, itself included.
     """
 
-    def __init__(self, number: int, executor: MeasuredExecutor, engine: Engine, fleet: Replicas):
-        self.number, self.executor, self.engine, self._fleet = number, executor, engine, fleet
+    def __init__(self, number: int, executor: MeasuredExecutor, engine: Engine, peers: Replicas):
+        self.number, self.executor, self.engine, self._peers = number, executor, engine, peers
         self._restartable = cast(RestartableExecutor, executor) if hasattr(executor, "restart") else None
         self._tickets: dict[str, Ticket] = {}
         #: What the thread shall do between steps; None ends it.
@@ -86,7 +86,7 @@ class Replica:
 
     @property
     def _is_alone(self) -> bool:
-        return len(self._fleet.all) == 1
+        return len(self._peers.all) == 1
 
     # --- from any thread
 
@@ -163,15 +163,15 @@ class Replica:
             begin(self.engine)
             self._tickets[ticket.request_id] = ticket
         except Exception as error:  # noqa: BLE001 - the caller gets it, whatever it is
-            self._fleet.leave(ticket)
+            self._peers.leave(ticket)
             ticket.put(error)
 
     def forget(self, ticket: Ticket) -> None:
         """The caller has gone, or has its answer: what is left of the request is ended, wherever it is by now."""
         if ticket.replica is not self:
-            self._fleet.forget(ticket)
+            self._peers.forget(ticket)
         elif self._tickets.pop(ticket.request_id, None) is not None:
-            self._fleet.leave(ticket)
+            self._peers.leave(ticket)
             self.engine.abort(ticket.request_id)
 
     def _run(self) -> None:
@@ -222,18 +222,18 @@ class Replica:
         if self._restartable.is_serving:  # they have come; or they were lost, and replaced, while nothing ran
             return True
         has_failed = self.has_failed  # as of now: where nobody will come, its requests end
-        if self._tickets and self._fleet.refuges(self):
+        if self._tickets and self._peers.refuges(self):
             self._move_out(seen)
         return has_failed
 
     def _move_out(self, seen: float) -> None:
         moved = 0
-        self._fleet.router.forget(self.number)
+        self._peers.router.forget(self.number)
         for state in self.engine.release():
             ticket = self._tickets.pop(state.output.request_id, None)
             if ticket is not None:
                 ticket.moved = seen if ticket.moved is None else ticket.moved
-                self._fleet.move(ticket, self, state)
+                self._peers.move(ticket, self, state)
                 moved += 1
         self.metrics.count("requests_moved", moved)
         if self.orchestrator is not None:
@@ -243,13 +243,13 @@ class Replica:
     def take_over(self, ticket: Ticket, state: RequestState) -> None:
         """Goes on with a request of another replica."""
         if ticket.is_gone:
-            self._fleet.leave(ticket)
+            self._peers.leave(ticket)
             return
         try:
             self.engine.take_over(state)
             self._tickets[ticket.request_id] = ticket
         except Exception as error:  # noqa: BLE001 - the caller gets it, whatever it is
-            self._fleet.leave(ticket)
+            self._peers.leave(ticket)
             ticket.put(error)
 
     def _deliver(self, output: RequestOutput) -> None:
@@ -263,7 +263,7 @@ class Replica:
             ticket.put(chunk)
         if output.finished:
             del self._tickets[output.request_id]
-            self._fleet.leave(ticket)
+            self._peers.leave(ticket)
             ticket.put(output.error)
 
     def _drain(self, error: Exception) -> None:
@@ -276,7 +276,7 @@ class Replica:
             if what is not None:
                 what()
         for ticket in self._tickets.values():
-            self._fleet.leave(ticket)
+            self._peers.leave(ticket)
             ticket.put(error)
         self._tickets.clear()
 
