@@ -3,15 +3,17 @@
 import asyncio
 import itertools
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ryzanstein_jax import AsyncLLM, SamplingParams
 from ryzanstein_jax.engine.sequence import drawn_seed
-from ryzanstein_jax.errors import RecoveryExhaustedError
+from ryzanstein_jax.errors import RecoveryExhaustedError, WeightsError
 from ryzanstein_jax.replicas import Replica
 from ryzanstein_jax.request import CompletionOutput
 from tests.faults.harness import (
@@ -183,3 +185,10 @@ def test_requests_of_one_that_failed_for_good_go_on_too(expected: list[list[Comp
             asyncio.run(llm.generate([1, 2, 3]))
     finally:
         llm.close()
+
+
+def test_a_model_that_no_replica_can_load_is_the_users_error(tmp_path: Path) -> None:
+    shutil.copy(f"{MODEL}/config.json", tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
+    with nothing_left_behind(), pytest.raises(WeightsError):
+        AsyncLLM(str(tmp_path), executor="processes", orchestrator=OPTIONS, data_parallel_size=2, **SINGLE)
