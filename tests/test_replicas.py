@@ -231,7 +231,7 @@ def test_a_request_that_kills_ends_alone_wherever_it_goes(looks: int):
         one.back.set()
     crowd = Crowd(*executors)
     fill(crowd)
-    crowd.add("poison", [*poison, 1, 2, 3, 4])
+    crowd.add("poison", [*poison, 1, 2, 3, 4], n=2)
     with pytest.raises(PoisonRequestError, match="poison"):
         crowd.output("poison")
     crowd.verify(*(name for name in crowd.asked if name != "poison"))

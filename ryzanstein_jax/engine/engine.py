@@ -167,7 +167,8 @@ class Engine:
         self._check_open()
         self._requests[state.output.request_id] = state
         unfinished = [sequence for sequence in state.sequences if not sequence.finished]
-        self._end_dropped(sequence for sequence in unfinished if not self._scheduler.take_over(sequence))
+        # All are queued before any is ended, which may end the others too.
+        self._end_dropped([sequence for sequence in unfinished if not self._scheduler.take_over(sequence)])
 
     @property
     def is_lost(self) -> bool:
