@@ -18,7 +18,7 @@ MOVED, REPLACED, RESTARTED = "two replicas, one killed", "one, with a standby", 
 def test_replicas(bench: Bench, request: pytest.FixtureRequest) -> None:
     """SIGKILL of rank 0 in the middle of sixteen streams. No request may be lost, nor a token differ."""
     smoke = request.config.getoption("--smoke")
-    width, tokens = bench.settings["tensor_parallel_size"], 16 if smoke else 48
+    width, tokens = bench.settings["tensor_parallel_size"], 16 if smoke else 24
     kinds: dict[str, dict[str, Any]] = {
         MOVED: dict(replicas=2, standby=False),
         REPLACED: dict(standby=True),
