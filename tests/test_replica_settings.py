@@ -49,8 +49,21 @@ def test_commands_refuse_it_too(tmp_path: Path):
     assert not (tmp_path / "out").exists()
 
 
+class Agent:
+    """One that starts no process."""
+
+    name = "here"
+
+    def __init__(self, num_slots: int):
+        self.num_slots = num_slots
+
+    def close(self) -> None:
+        pass
+
+
 @pytest.mark.parametrize(("replica", "slots"), [(0, (0, 1)), (2, (4, 5))])
-def test_each_replica_has_devices_and_processors_of_its_own(replica: int, slots: tuple[int, ...]):
+def test_each_replica_has_devices_of_its_own(replica: int, slots: tuple[int, ...], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("ryzanstein_jax.orchestrator.hosts.LocalAgent", Agent)
     hosts = Hosts(OrchestratorConfig(), 2, replica=replica, num_replicas=3)
     try:
         assert hosts.here() == slots
