@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from ryzanstein_jax import AsyncLLM, SamplingParams
@@ -86,7 +87,9 @@ def test_two_replicas_give_what_one_gives(llm: AsyncLLM, expected: list[list[Com
         (1, 0, 1),
     ]
     assert [list(one["hosts"].values()) for one in status["replicas"]] == [[1], [1]]
-    # On a CPU they share the memory of one machine.
+    # On a CPU they share the memory and the processors of one machine.
+    first, second = (set(psutil.Process(pid(replica)).cpu_affinity()) for replica in llm.replicas)
+    assert not first & second or len(os.sched_getaffinity(0)) == 1
     assert llm.report.memory.budget == llm.report.memory.total // 8
     rest(llm)
 
