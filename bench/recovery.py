@@ -54,10 +54,21 @@ class Drill:
         max_tokens: length of each stream.
         vocab_size: of the model; prompts are random tokens.
         replicas: how many groups there are.
+        caching: of prefixes; without it a replica that takes over finds nothing of an earlier round.
         options: of the orchestrator, beside those that let it never give up.
     """
 
-    def __init__(self, model: str, width: int, max_tokens: int, vocab_size: int, *, replicas: int = 1, **options: Any):
+    def __init__(
+        self,
+        model: str,
+        width: int,
+        max_tokens: int,
+        vocab_size: int,
+        *,
+        replicas: int = 1,
+        caching: bool = True,
+        **options: Any,
+    ):
         self._max_tokens, self._vocab_size = max_tokens, vocab_size
         patient = dict(restart_backoff_sec=0.0, max_restart_attempts=10_000, max_device_failures=10_000)
         began = time.monotonic()
@@ -66,6 +77,7 @@ class Drill:
             executor="processes",
             tensor_parallel_size=width,
             data_parallel_size=replicas,
+            enable_prefix_caching=caching,
             max_num_seqs=STREAMS,
             max_num_batched_tokens=256,
             max_model_len=128,

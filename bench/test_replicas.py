@@ -27,7 +27,9 @@ def test_replicas(bench: Bench, request: pytest.FixtureRequest) -> None:
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in kinds}
     moved = 0
     for name, settings in kinds.items():
-        with closing(Drill(bench.settings["model"], width, tokens, bench.vocab_size, **settings)) as drill:
+        with closing(
+            Drill(bench.settings["model"], width, tokens, bench.vocab_size, caching=False, **settings)
+        ) as drill:
             for _ in range(bench.runs):
                 drill.await_ready()
                 if settings["standby"]:

@@ -146,11 +146,14 @@ def test_one_that_dies_while_nothing_runs_is_left_out_until_it_is_back(
 
 def test_who_leaves_frees_pages_where_they_are(llm: AsyncLLM) -> None:
     async def some_leave() -> None:
-        params = SamplingParams(max_tokens=50, ignore_eos=True, temperature=0)
+        params = SamplingParams(max_tokens=58, ignore_eos=True, temperature=0)
         streams = [llm.stream([number + 1] * 5, params) for number in range(6)]
-        for stream in streams:
-            await anext(stream)
-        assert all(replica.stats().num_pages_used > 0 for replica in llm.replicas)
+        begun = asyncio.gather(*(anext(stream) for stream in streams))
+        used: set[int] = set()
+        while len(used) < 2:
+            used |= {replica.number for replica in llm.replicas if replica.stats().num_pages_used}
+            await asyncio.sleep(0.001)
+        await begun
         await asyncio.gather(*(stream.aclose() for stream in streams))
         for _ in range(500):
             if not any(replica.stats().num_pages_used for replica in llm.replicas):
