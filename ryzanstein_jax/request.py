@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import ClassVar
@@ -184,12 +185,42 @@ class CompletionOutput:
 
 @dataclass(slots=True)
 class RequestTimings:
-    """Seconds on the monotonic clock; None until it happened."""
+    """Seconds on the monotonic clock; None until it happened.
+
+    Attributes:
+        pauses: from when devices were lost to the next token, for each time that this kept the request waiting.
+        lost: when they were lost, while it waits.
+    """
 
     arrived: float
     first_scheduled: float | None = None
     first_token: float | None = None
     finished: float | None = None
+    pauses: list[tuple[float, float]] = field(default_factory=list)
+    lost: float | None = None
+
+    def note_lost(self) -> None:
+        """The devices were lost; where they are lost again before a token came, the pause goes on."""
+        if self.lost is None:
+            self.lost = time.monotonic()
+
+    def note_token(self) -> None:
+        """A token came."""
+        if self.first_token is None:
+            self.first_token = time.monotonic()
+        if self.lost is not None:
+            self._resume(time.monotonic())
+
+    def note_end(self) -> None:
+        """The request ended, one way or another."""
+        self.finished = time.monotonic()
+        if self.lost is not None:
+            self._resume(self.finished)
+
+    def _resume(self, now: float) -> None:
+        assert self.lost is not None
+        self.pauses.append((self.lost, now))
+        self.lost = None
 
     @property
     def time_to_first_token(self) -> float | None:

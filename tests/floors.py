@@ -179,6 +179,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "server.backend",
         "server.admission",
         "server.instruments",
+        "server.tracing",
         "server.health",
         "server.engine_metrics",
         "server.encode",

@@ -29,7 +29,7 @@ LEFT_OUT = (
 )  # fmt: skip
 
 #: Parts of the package that an extra brings the dependencies of.
-EXTRAS = {"server": "serve"}
+EXTRAS = {"server": "serve", "server.tracing": "otel"}
 
 #: Where what is imported is called otherwise than what is installed.
 DISTRIBUTIONS = {
@@ -37,6 +37,7 @@ DISTRIBUTIONS = {
     "orbax": "orbax-checkpoint",
     "ml_dtypes": "ml-dtypes",
     "pydantic_core": "pydantic",
+    "opentelemetry": "opentelemetry-sdk",
 }
 
 
@@ -165,8 +166,8 @@ def test_every_dependency_is_declared() -> None:
         for extra, requirements in project["optional-dependencies"].items()
     }
     for name in modules():
-        extra = EXTRAS.get(name.partition(".")[0])
-        allowed = declared | (extras[extra] if extra else set())
+        needed = [EXTRAS[part] for part in {name.partition(".")[0], name} & EXTRAS.keys()]
+        allowed = declared.union(*(extras[extra] for extra in needed))
         used = {canonical(DISTRIBUTIONS.get(one, one)) for one in imports(name)[1] - set(sys.stdlib_module_names)}
         assert used <= allowed, f"{name} imports what pyproject.toml does not declare: {used - allowed}"
     for extra in EXTRAS.values():

@@ -49,6 +49,9 @@ def serve(
     drain_seconds: Annotated[float, typer.Option(help="How long requests may go on after SIGTERM.")] = 30.0,
     keep_alive_seconds: Annotated[float, typer.Option(help="Silence after which a stream gets a comment.")] = 5.0,
     write_seconds: Annotated[float, typer.Option(help="How long a client may leave its answer unread.")] = 60.0,
+    otlp_endpoint: Annotated[
+        str | None, typer.Option(help="OpenTelemetry collector that traces go to, such as http://localhost:4318.")
+    ] = None,
     embedding_pooling: Annotated[
         str | None, typer.Option(help='What embeddings are made of, "last" or "mean"; the model says it if not given.')
     ] = None,
@@ -89,6 +92,7 @@ def serve(
         drain_seconds=drain_seconds,
         keep_alive_seconds=keep_alive_seconds,
         write_seconds=write_seconds,
+        otlp_endpoint=otlp_endpoint,
     )
     settings = engine_settings(
         tp,

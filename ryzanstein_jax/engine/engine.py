@@ -218,6 +218,8 @@ class Engine:
             self._advance()
         except DeviceStateLostError:
             self._failure, self._lost = None, True
+            for state in self._requests.values():
+                state.output.timings.note_lost()
         return self._take_changed()
 
     def _take_changed(self) -> list[RequestOutput]:

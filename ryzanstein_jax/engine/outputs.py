@@ -109,8 +109,7 @@ class RequestState:
             entry = self._logprobs(token, self.params.logprobs or 0, result, row)
             completion.logprobs.append(entry)
             completion.cumulative_logprob = (completion.cumulative_logprob or 0.0) + entry[token].logprob
-        if self.output.timings.first_token is None:
-            self.output.timings.first_token = time.monotonic()
+        self.output.timings.note_token()
         if not self._detokenizers:
             return None
         hides_end = self.params.skip_special_tokens and not self.params.include_stop_str_in_output
@@ -137,12 +136,12 @@ class RequestState:
                 reason, stop_reason = "stop", stop
         completion.finish_reason, completion.stop_reason = reason, stop_reason
         if self.output.finished:
-            self.output.timings.finished = time.monotonic()
+            self.output.timings.note_end()
 
     def fail(self, error: Exception, reason: str = "error") -> None:
         """Ends whatever has not ended yet, without touching what may have raised the error."""
         self.output.error = error
-        self.output.timings.finished = time.monotonic()
+        self.output.timings.note_end()
         for completion in self.output.outputs:
             completion.finish_reason = completion.finish_reason or reason
 

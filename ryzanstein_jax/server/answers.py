@@ -112,6 +112,10 @@ class Answer(ABC):
     def count(self, completion: CompletionOutput) -> int:
         return len(completion.token_ids)
 
+    @property
+    def id(self) -> str:
+        return str(self._head["id"])
+
     def _chunk(self, choices: list[Json]) -> Json:
         usage = {"usage": None} if self._usage_in_stream else {}
         return {**self._head, "object": self.chunk_name, "choices": choices, **usage}

@@ -26,6 +26,7 @@ from ryzanstein_jax.server.generation import Generation
 from ryzanstein_jax.server.health import ALIVE
 from ryzanstein_jax.server.http import (
     DONE,
+    ClientGoneError,
     EventStream,
     closing,
     data,
@@ -130,7 +131,9 @@ class _Routes:
                 request.scope,
                 prompt_tokens=usage["prompt_tokens"],
                 completion_tokens=usage["completion_tokens"],
+                cached_tokens=usage["prompt_tokens_details"]["cached_tokens"],
                 finish_reasons=answer.finish_reasons,
+                response_id=answer.id,
             )
 
         async def whole() -> dict[str, Any]:
@@ -247,6 +250,8 @@ async def _no_route(request: Request, error: Exception) -> Response:
 
 
 async def _our_error(request: Request, error: Exception) -> Response:
+    if isinstance(error, ClientGoneError):
+        raise error  # there is nobody to answer, and nothing of ours went wrong
     return error_response(error, request.scope)
 
 
@@ -275,4 +280,5 @@ def make_app(service: Service) -> ASGIApp:
     )
     # A redirect would send the client to whatever its Host header says.
     app.router.redirect_slashes = False
-    return Gate(app, service.config, service.instruments, frozenset(route.path for route in table))
+    paths = frozenset(route.path for route in table)
+    return Gate(app, service.config, service.instruments, paths, service.tracing)

@@ -12,12 +12,13 @@ from collections.abc import Sequence
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ryzanstein_jax.server.http import NOTES, ClientGoneError, error_response
+from ryzanstein_jax.server.http import NOTES, ClientGoneError, error_response, note
 from ryzanstein_jax.server.instruments import Instruments
 from ryzanstein_jax.server.logs import log
 from ryzanstein_jax.server.page import FILES
 from ryzanstein_jax.server.problems import ApiError
 from ryzanstein_jax.server.settings import ServerConfig
+from ryzanstein_jax.server.tracing import Tracing
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 _HOST = re.compile(rb"(\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9._-]{1,253})(?::[0-9]{1,5})?")
@@ -43,8 +44,16 @@ def is_known_key(given: bytes, digests: Sequence[bytes]) -> bool:
 class Gate:
     """ASGI middleware around the whole application."""
 
-    def __init__(self, app: ASGIApp, config: ServerConfig, instruments: Instruments, routes: frozenset[str]):
+    def __init__(
+        self,
+        app: ASGIApp,
+        config: ServerConfig,
+        instruments: Instruments,
+        routes: frozenset[str],
+        tracing: Tracing | None = None,
+    ):
         self._app, self._config, self._instruments, self._routes = app, config, instruments, routes
+        self._tracing = tracing
         self._digests = [hashlib.sha256(key.encode()).digest() for key in config.api_keys]
         self._hosts = config.hosts
 
@@ -53,7 +62,7 @@ class Gate:
             return  # no WebSocket: the server closes it
         headers: Headers = scope["headers"]
         request_id = _request_id(headers)
-        started, status = time.monotonic(), 0
+        started, status, trace = time.monotonic(), 0, None
 
         async def send_marked(message: Message) -> None:
             nonlocal status
@@ -67,6 +76,8 @@ class Gate:
             if problem is not None:
                 await error_response(problem, scope)(scope, receive, send_marked)
             else:
+                if self._tracing is not None:
+                    trace = self._tracing.begin(scope, request_id, started)
                 await self._app(scope, receive, send_marked)
         except ClientGoneError:
             status = _GONE
@@ -76,6 +87,9 @@ class Gate:
             if not status:
                 await error_response(error, scope)(scope, receive, send_marked)
         finally:
+            if trace is not None:
+                note(scope, trace_id=trace.trace_id)
+                trace.end(status or _GONE, scope[NOTES])
             self._report(scope, request_id, status or _GONE, time.monotonic() - started)
 
     def _problem(self, scope: Scope, headers: Headers) -> ApiError | None:

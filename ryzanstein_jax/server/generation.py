@@ -15,6 +15,7 @@ from ryzanstein_jax.server.backend import Backend, Chunk
 from ryzanstein_jax.server.encode import Prompt
 from ryzanstein_jax.server.health import Health
 from ryzanstein_jax.server.instruments import Instruments
+from ryzanstein_jax.server.tracing import current_trace
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,7 @@ class Generation:
         self._unfinished = len(prompts) * params.n
         self._state = "waiting"
         self._token_times: dict[tuple[int, int], float] = {}
+        self._trace = current_trace()
 
     async def __aenter__(self) -> Self:
         self._running = len(self.prompts)
@@ -139,6 +141,8 @@ class Generation:
 
     def _note(self, number: int, chunk: Chunk) -> None:
         now, instruments = self._loop.time(), self._instruments
+        if self._trace is not None:
+            self._trace.note_output(number, chunk.output.timings)
         if chunk.token_ids:
             self._health.note_token()
             instruments.generation_tokens.inc(len(chunk.token_ids))

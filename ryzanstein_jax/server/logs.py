@@ -40,10 +40,10 @@ def log(message: str, *, level: int = logging.INFO, exception: BaseException | N
 
 
 def set_up_logs(stream: TextIO | None = None) -> None:
-    """Sends this package's and the HTTP server's logs to a stream, standard error unless given, as JSON."""
+    """Sends logs of this package, the HTTP server and the sender of traces to a stream, standard error unless given."""
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(JsonFormatter())
-    for name in ("ryzanstein_jax", "uvicorn"):
+    for name in ("ryzanstein_jax", "uvicorn", "opentelemetry"):
         chosen = logging.getLogger(name)
         chosen.handlers, chosen.propagate = [handler], False
         chosen.setLevel(logging.INFO)

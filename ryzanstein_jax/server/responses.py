@@ -120,7 +120,7 @@ class ResponseAnswer:
         used = self.usage()
         response["usage"] = {
             "input_tokens": used["prompt_tokens"],
-            "input_tokens_details": {"cached_tokens": self._output.num_cached_tokens, "cache_write_tokens": 0},
+            "input_tokens_details": {**used["prompt_tokens_details"], "cache_write_tokens": 0},
             "output_tokens": used["completion_tokens"],
             "output_tokens_details": {"reasoning_tokens": 0},
             "total_tokens": used["total_tokens"],
@@ -131,7 +131,17 @@ class ResponseAnswer:
         """Tokens in and out, in the words of the other endpoints."""
         prompt = len(self._prompt.token_ids)
         generated = 0 if self._output is None else len(self._output.outputs[0].token_ids)
-        return {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}
+        cached = 0 if self._output is None else self._output.num_cached_tokens
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": generated,
+            "total_tokens": prompt + generated,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }
+
+    @property
+    def id(self) -> str:
+        return str(self._head["id"])
 
     @property
     def _place(self) -> Json:

@@ -22,6 +22,7 @@ from ryzanstein_jax.server.backend import Backend
 from ryzanstein_jax.server.logs import log, set_up_logs
 from ryzanstein_jax.server.service import Service
 from ryzanstein_jax.server.settings import ServerConfig
+from ryzanstein_jax.server.tracing import Tracing, open_tracing
 
 #: How long connections may take to close once no request is left.
 _CLOSE_SECONDS = 3
@@ -48,10 +49,19 @@ class Runner:
         model: what clients call it.
         config: the server's settings.
         version: of this package.
+        tracing: makes spans of requests; closed at the end.
     """
 
-    def __init__(self, load: Callable[[], Backend], model: str, config: ServerConfig, version: str):
+    def __init__(
+        self,
+        load: Callable[[], Backend],
+        model: str,
+        config: ServerConfig,
+        version: str,
+        tracing: Tracing | None = None,
+    ):
         self._load, self._model, self._config, self._version = load, model, config, version
+        self._tracing = tracing
         self._signals = 0
         self._ending: asyncio.Task[None] | None = None
         self.loading: threading.Thread | None = None
@@ -63,7 +73,7 @@ class Runner:
             Exception: what loading the model met.
         """
         self._loop = asyncio.get_running_loop()
-        self._service = Service(self._config, self._model, self._version)
+        self._service = Service(self._config, self._model, self._version, self._tracing)
         self._server = _Server(uvicorn_config(make_app(self._service), self._config), self._signalled)
         host, port = listener.getsockname()[:2]
         log("listening", host=host, port=port, pid=os.getpid())
@@ -174,16 +184,17 @@ def serve(load: Callable[[], Backend], model: str, config: ServerConfig, version
     """Binds, loads and serves; returns when it was told to end.
 
     Raises:
-        ConfigError: the address can't be bound.
+        ConfigError: the address can't be bound, or traces can't be sent as they should be.
         Exception: what loading the model met.
     """
     set_up_logs()
+    tracing = open_tracing(config.otlp_endpoint, version)
     # Each connection takes a descriptor, and the usual limit of 1024 is one of an age before event loops.
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 2 * _MOST_CONNECTIONS if hard == resource.RLIM_INFINITY else min(hard, 2 * _MOST_CONNECTIONS)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
     listener = bind(config)
-    runner = Runner(load, model, config, version)
+    runner = Runner(load, model, config, version, tracing)
     asyncio.run(runner.run(listener))
     if runner.loading is not None and runner.loading.is_alive():
         # It was told to end while the model loads, which nothing interrupts; workers die with this process.

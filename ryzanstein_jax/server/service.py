@@ -20,6 +20,7 @@ from ryzanstein_jax.server.health import OPEN, Health, Status
 from ryzanstein_jax.server.instruments import Instruments
 from ryzanstein_jax.server.problems import ApiError
 from ryzanstein_jax.server.settings import ServerConfig
+from ryzanstein_jax.server.tracing import Tracing, inference, mark
 
 _WHY_CLOSED = {
     Status.STARTING: "The model is still being loaded.",
@@ -59,10 +60,11 @@ class Service:
         config: its settings.
         model: what clients call the model.
         version: of this package.
+        tracing: makes spans of requests; None makes none.
     """
 
-    def __init__(self, config: ServerConfig, model: str, version: str):
-        self.config, self.model, self.version = config, model, version
+    def __init__(self, config: ServerConfig, model: str, version: str, tracing: Tracing | None = None):
+        self.config, self.model, self.version, self.tracing = config, model, version, tracing
         self.instruments, self.health = Instruments(), Health(config)
         self.admission = Admission(config.max_sequences)
         self.instruments.registry.register(EngineCollector(self.health, version))
@@ -121,7 +123,7 @@ class Service:
         choices = at_once * job.params.n
         if choices > most:
             raise RequestError("n", job.params.n, f"{len(job.inputs)} prompts times n may be at most {most}")
-        with self.admission.enter(choices):
+        with self.admission.enter(choices), inference(self.model, job.params):
             arrived = loop.time()
             seconds = min(job.seconds or self.config.request_seconds, self.config.request_seconds)
             state = self.instruments.requests.labels("encoding")
@@ -133,6 +135,7 @@ class Service:
             finally:
                 state.dec()
             self._check_lengths(prompts, job, backend.max_length)
+            mark("queue")
             generation = Generation(
                 backend,
                 prompts,
@@ -157,6 +160,7 @@ class Service:
                 self._generations.discard(generation)
 
     async def _compile(self, job: Job, backend: Backend, encoder: Encoder, params: SamplingParams) -> None:
+        mark("compile_grammar")
         try:
             await encoder.compile(lambda: backend.compile_grammar(params), job.form)
         except RequestError as error:
@@ -208,3 +212,5 @@ class Service:
             self._encoder.close()
         if self.health.backend is not None:
             await asyncio.to_thread(self.health.backend.close)
+        if self.tracing is not None:
+            await self.tracing.close()

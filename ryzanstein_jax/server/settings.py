@@ -45,6 +45,7 @@ class ServerConfig:
         fresh_seconds: age up to which a token shows that the serving path works.
         probe_seconds: most that the token of a readiness probe may take.
         stall_seconds: after so long without a step while requests run, the engine counts as stuck.
+        otlp_endpoint: collector that traces go to; None leaves it to OpenTelemetry's own variables, or makes none.
     """
 
     host: str = "127.0.0.1"
@@ -70,6 +71,7 @@ class ServerConfig:
     fresh_seconds: float = 10.0
     probe_seconds: float = 5.0
     stall_seconds: float = 120.0
+    otlp_endpoint: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.host, str) or not _HOST.fullmatch(self.host):

@@ -341,3 +341,21 @@ def test_embeddings_are_those_of_an_undisturbed_run(pooling):
             np.testing.assert_array_equal(found[name].embedding, embedding(prompt, pooling))
             assert found[name].error is None
         assert made.stats().num_pages_used == 0
+
+
+def test_a_pause_lasts_from_the_loss_to_the_next_token_of_each_request():
+    one = client(Restarting(deaths=(8,), not_ready=3))
+    one.add("before", [1, 2], max_tokens=2, ignore_eos=True)
+    one.add("during", [3, 4], max_tokens=12, ignore_eos=True)
+    one.run()
+    assert one.engine.add("after", [5], SamplingParams(max_tokens=2)) is None
+    after = finish_all(one.engine)["after"]
+    timings = {name: output.timings for name, output in one.finished.items()}
+    assert timings["before"].pauses == after.timings.pauses == []
+    ((lost, resumed),) = timings["during"].pauses
+    assert timings["during"].first_token < lost < resumed < timings["during"].finished
+    gone = client(Restarting(deaths=(4, 5), restarts=0))  # it ends without a token
+    gone.add("failed", [1, 2, 3])
+    gone.run()
+    ((lost, resumed),) = gone.finished["failed"].timings.pauses
+    assert resumed == gone.finished["failed"].timings.finished

@@ -25,6 +25,7 @@ from ryzanstein_jax.server.run import bind, uvicorn_config
 from ryzanstein_jax.server.service import Service
 from ryzanstein_jax.server.settings import ServerConfig
 from ryzanstein_jax.streams import StreamChunk, StreamCursor
+from ryzanstein_jax.server.tracing import Tracing
 
 MODEL = "tiny"
 
@@ -76,6 +77,7 @@ class FakeBackend:
         outputs = [CompletionOutput(index) for index in range(params.n)]
         output = RequestOutput(str(self.num_streams), None, list(prompt), outputs, RequestTimings(time.monotonic()))
         cursor = StreamCursor()
+        output.timings.first_scheduled = time.monotonic()
         try:
             if isinstance(params, PoolingParams):
                 if self.act is not None:
@@ -181,7 +183,7 @@ def wait_until(condition: Callable[[], Any], seconds: float = 10.0) -> None:
 
 
 @contextmanager
-def serving(backend: Any, *, start: bool = True, **settings: Any) -> Iterator[Served]:
+def serving(backend: Any, *, start: bool = True, tracing: Tracing | None = None, **settings: Any) -> Iterator[Served]:
     """A server in front of an engine, which it leaves open; `start=False` leaves it without its engine."""
     config = ServerConfig(**{"port": 0, **settings})
     listener = bind(config)
@@ -189,7 +191,7 @@ def serving(backend: Any, *, start: bool = True, **settings: Any) -> Iterator[Se
     made: list[Any] = []
 
     async def main() -> None:
-        service = Service(config, MODEL, "1.2.3")
+        service = Service(config, MODEL, "1.2.3", tracing)
         server = uvicorn.Server(uvicorn_config(make_app(service), config))
         made.extend((service, server, asyncio.get_running_loop()))
         if start:

@@ -40,6 +40,7 @@ def test_a_request_ends_when_its_client_leaves(fake, stream, reset):
         wait_until(lambda: not fake.active, 1.0)
         assert fake.num_steps < 100 and served.service.admission.num_sequences == 0
         assert served.metric("ryzanstein_disconnects_total") == 1
+        assert "ryzanstein_requests_refused_total{" not in served.request("GET", "/metrics")[2], "it was no error"
         assert served.metric('ryzanstein_requests_finished_total{finish_reason="abort"}') == 2
         assert served.metric('ryzanstein_requests{state="running"}') == 0
 
