@@ -22,7 +22,7 @@ from bench.protocol import ROOT
 
 #: Prompts are random tokens, so that no two share a prefix; completions differ in length, so that streams begin and end
 #: at all times and not in step.
-PROMPT, SHORTEST, LENGTHS = 32, 8, 17
+PROMPT, SHORTEST, LENGTHS = 16, 32, 33
 _START_SECONDS = 300.0
 _NAME = "served"
 

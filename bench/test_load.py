@@ -19,10 +19,10 @@ _MOST_GROWTH = 1.1
 
 
 def test_load(bench: Bench, request: pytest.FixtureRequest) -> None:
-    """Random prompts of 32 tokens, completions of 8 to 24, each client asking again as soon as it has its answer."""
+    """Random prompts of 16 tokens, completions of 32 to 64, each client asking again as soon as it has its answer."""
     smoke = request.config.getoption("--smoke")
     streams, seconds = (16, 1.0) if smoke else (256, 60.0)
-    longest = PROMPT + SHORTEST + LENGTHS
+    longest = PROMPT + SHORTEST + LENGTHS - 1
     options = [
         "--tp", str(bench.settings["tensor_parallel_size"]), "--dtype", bench.settings["dtype"],
         "--max-model-len", str(longest), "--max-num-seqs", str(streams), "--max-num-batched-tokens", "512",
@@ -30,7 +30,7 @@ def test_load(bench: Bench, request: pytest.FixtureRequest) -> None:
     if bench.settings["quantization"] is not None:
         options += ["--quantization", bench.settings["quantization"]]
     with serving(bench.settings["model"], *options) as server:
-        press(server, streams, 0.0, bench.vocab_size, first_turn=1000)  # what a first request needs is there
+        press(server, streams // 8, 0.0, bench.vocab_size, first_turn=1000)  # loads what a first request needs
         before, began, others = server.metrics(), time.perf_counter(), other_cpu_seconds()
         load = press(server, streams, seconds, bench.vocab_size)
         after, took, others = server.metrics(), time.perf_counter() - began, other_cpu_seconds() - others

@@ -69,8 +69,9 @@ def test_a_snapshot_restores_onto_another_width(tmp_path):
 def test_generate_and_chat_with_the_real_model(smollm2_path, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("The capital of France is\n\nTwo plus two is\n")
-    small = ["--max-model-len", 256, "--temperature", 0]
-    out, error = run("generate", smollm2_path, "-f", prompts, "--json", "-n", 8, *small)
+    small = ["--max-model-len", 96, "--temperature", 0]
+    # A chat's settings, so that it finds the programs that this compiled.
+    out, error = run("generate", smollm2_path, "-f", prompts, "--json", "-n", 8, "--max-num-seqs", 1, *small)
     lines = [json.loads(line) for line in out.splitlines()]
     assert [line["prompt"] for line in lines] == ["The capital of France is", "Two plus two is"]
     assert "Paris" in lines[0]["text"]

@@ -3,10 +3,12 @@
 import asyncio
 import http.client
 import json
+import os
+import resource
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -14,7 +16,7 @@ from ryzanstein_jax import AsyncLLM
 from ryzanstein_jax.replicas import Ticket
 from tests.server.serving import Served, serving, wait_until
 
-NUM_CONNECTIONS = 300
+NUM_CONNECTIONS = 1000
 
 
 def leave(connection: socket.socket, *, reset: bool) -> None:
@@ -69,8 +71,19 @@ def test_pages_are_free_within_two_steps(served: Served, engine: AsyncLLM):
         assert steps[0] - begun < 110, "it was still under way"
 
 
-def test_a_storm_of_connections_leaves_nothing(engine: AsyncLLM):
-    with serving(engine, max_sequences=200) as served:
+@pytest.fixture
+def many_files() -> Iterator[None]:
+    """Both ends of every connection are in this process."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 4 * NUM_CONNECTIONS)), hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_storm_of_connections_leaves_nothing(engine: AsyncLLM, many_files: None):
+    """All are open at once, most of their requests let in; some clients close, some reset, some after a while."""
+    open_files = len(os.listdir("/proc/self/fd"))
+    with serving(engine, max_sequences=NUM_CONNECTIONS * 4 // 5) as served:
         opened = [
             served.open(
                 "/v1/completions" if number % 2 else "/v1/chat/completions",
@@ -81,6 +94,8 @@ def test_a_storm_of_connections_leaves_nothing(engine: AsyncLLM):
             )
             for number in range(NUM_CONNECTIONS)
         ]
+        wait_until(lambda: len(served.server.server_state.connections) == NUM_CONNECTIONS, 20)
+        wait_until(lambda: engine.stats().num_pages_used > 0)
         for number, connection in enumerate(opened):
             leave(connection, reset=bool(number % 2))
         wait_until(lambda: served.call(_num_connections(served)) == 0, 20)
@@ -91,6 +106,7 @@ def test_a_storm_of_connections_leaves_nothing(engine: AsyncLLM):
         status, _, body = served.complete("after the storm", max_tokens=3, ignore_eos=True)
         assert status == 200 and body["usage"]["completion_tokens"] == 3
         assert served.request("GET", "/ready")[0] == 200
+    assert len(os.listdir("/proc/self/fd")) <= open_files + 8, "every connection's file was closed"
 
 
 def test_a_client_that_does_not_read_is_given_up(fake):

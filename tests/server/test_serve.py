@@ -11,15 +11,18 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import openai
 import psutil
 
+from tests.server.serving import collector
+
 ROOT = Path(__file__).resolve().parents[2]
 KEY = "key-of-the-operator"
-NUM_CLIENTS, NUM_TOKENS = 16, 32
+NUM_CLIENTS, NUM_TOKENS = 32, 24
 
 
 class Process:
@@ -50,6 +53,11 @@ class Process:
 
     def client(self) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key=KEY, max_retries=0, timeout=120)
+
+    @cached_property
+    def clients(self) -> list[openai.OpenAI]:
+        """Made once: each reads all certificates of the machine."""
+        return [self.client() for _ in range(NUM_CLIENTS)]
 
     def get(self, path: str) -> tuple[int, str]:
         request = urllib.request.Request(
@@ -89,6 +97,7 @@ def run_clients(process: Process, act: Any = None, after: int = 0) -> list[tuple
     """All clients at once, each a stream: their texts, tokens and ends. `act` is called after so many tokens."""
     found: list[Any] = [None] * NUM_CLIENTS
     count, lock, done = [0], threading.Lock(), threading.Event()
+    clients = process.clients
 
     def one(number: int) -> None:
         kinds: list[dict[str, Any]] = [
@@ -96,7 +105,7 @@ def run_clients(process: Process, act: Any = None, after: int = 0) -> list[tuple
             dict(temperature=0, logit_bias={"40": 3}),
         ]  # fmt: skip
         try:
-            stream = process.client().completions.create(
+            stream = clients[number].completions.create(
                 model="tiny", prompt=f"client {number}", max_tokens=NUM_TOKENS, stream=True,
                 **kinds[number % len(kinds)],
                 extra_body={"return_token_ids": True, "ignore_eos": True},
@@ -126,7 +135,11 @@ def run_clients(process: Process, act: Any = None, after: int = 0) -> list[tuple
 
 
 def test_clients_notice_neither_a_killed_worker_nor_a_drain(tiny: Path, tmp_path: Path):
-    with started(tiny, tmp_path, "--executor", "processes", "--tp", "2") as process:
+    """32 clients of the official library, three times: undisturbed, while a worker is killed, and while it drains."""
+    with (
+        collector() as (endpoint, spans),
+        started(tiny, tmp_path, "--executor", "processes", "--tp", "2", "--otlp-endpoint", endpoint) as process,
+    ):
         process.await_line("status", status="ready")
         assert process.get("/ready")[0] == 200
         undisturbed = run_clients(process)
@@ -162,6 +175,13 @@ def test_clients_notice_neither_a_killed_worker_nor_a_drain(tiny: Path, tmp_path
         assert [error.status_code for error in refused] == [503]
         assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
         assert KEY not in json.dumps(process.lines)
+        # The traces tell the same, the drained server's last ones too: who was kept waiting, and by what.
+        assert sum(span.name == "POST /v1/completions" for span in spans) == 3 * NUM_CLIENTS + 1, "and one refused"
+        waited = {span.trace_id for span in spans if span.name == "recovery"}
+        assert 0 < len(waited) <= NUM_CLIENTS
+        assert all(span.end_time_unix_nano > span.start_time_unix_nano for span in spans if span.name == "recovery")
+        traces = {line["trace_id"] for line in process.lines if "trace_id" in line}
+        assert waited < {bytes.fromhex(trace) for trace in traces} and len(traces) == 3 * NUM_CLIENTS + 1
 
 
 def test_a_second_signal_ends_what_runs(tiny: Path, tmp_path: Path):
