@@ -11,7 +11,9 @@ from typer.testing import CliRunner
 
 from ryzanstein_jax import LLM, SamplingParams
 from ryzanstein_jax.cli import app
+from ryzanstein_jax.errors import ConfigError
 from ryzanstein_jax.llm import encode_prompt
+from tests.server.model import tiny_model
 
 GOLDEN = "tests/golden/smollm2"
 
@@ -80,6 +82,23 @@ def test_generate_and_chat_with_the_real_model(smollm2_path, tmp_path):
 
     out, _ = run("chat", smollm2_path, "-n", 24, *small, stdin="What is the capital of France?\n/reset\n\n/quit\n")
     assert "Paris" in out
+
+
+def test_completions_keep_to_a_schema_from_a_file(tmp_path):
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"type": "object", "properties": {"a": {"enum": [1, 22]}}, "required": ["a"]}')
+    model = tiny_model(tmp_path)
+    small = ["--max-model-len", "64", "--max-num-seqs", "1", "--json", "--seed", "1", "-n", "60"]
+    asked = ["generate", str(model), "-p", "x", *small, "--json-schema"]
+    done = CliRunner().invoke(app, [*asked, str(schema)])
+    assert done.exit_code == 0, done.output
+    (line,) = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert line["finish_reason"] == "length" or json.loads(line["text"])["a"] in (1, 22)
+    assert line["text"].lstrip().startswith("{")
+    schema.write_text("{")
+    for file, message in ((schema, "JSON"), (tmp_path / "none", "FileNotFoundError")):
+        error = CliRunner().invoke(app, [*asked, str(file)]).exception
+        assert isinstance(error, ConfigError) and error.field == "json_schema" and message in str(error)
 
 
 @pytest.mark.parametrize("prompt", [3, {"text": "x"}, b"bytes", None])

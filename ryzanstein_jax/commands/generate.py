@@ -31,9 +31,10 @@ from ryzanstein_jax.commands.options import (
     engine_settings,
     profile_settings,
 )
-from ryzanstein_jax.errors import ConfigError, RyzansteinError
+from ryzanstein_jax.errors import ConfigError, RequestError, RyzansteinError
 from ryzanstein_jax.llm import LLM
 from ryzanstein_jax.start import parse_options
+from ryzanstein_jax.structured_outputs import MAX_GRAMMAR_BYTES, StructuredOutputsParams
 
 
 def generate(
@@ -47,6 +48,9 @@ def generate(
     top_p: TopP = None,
     seed: Seed = None,
     as_json: Annotated[bool, typer.Option("--json", help="A JSON object on each line.")] = False,
+    json_schema: Annotated[
+        Path | None, typer.Option(help="File with a JSON schema: completions are JSON that it allows.")
+    ] = None,
     tp: Width = 1,
     sharding: Sharding = "megatron",
     dtype: Dtype = "auto",
@@ -67,6 +71,7 @@ def generate(
         prompts += [line for line in text.splitlines() if line]
     if not prompts:
         raise ConfigError("prompt", None, "give --prompt or --file")
+    form = None if json_schema is None else _read_schema(json_schema)
     # Programs are compiled for as many sequences as there can be.
     seqs = max_num_seqs or min(len(prompts), 32)
     settings = engine_settings(
@@ -81,7 +86,9 @@ def generate(
         **profile_settings(profile, profile_steps),
     )
     with LLM(model, executor=executor, orchestrator=parse_options(orchestrator), **settings) as llm:
-        params = chosen_params(llm, max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+        params = chosen_params(
+            llm, max_tokens, temperature=temperature, top_p=top_p, seed=seed, structured_outputs=form
+        )
         for output in llm.generate(prompts, params):
             completion = output.outputs[0]
             if as_json:
@@ -97,6 +104,16 @@ def generate(
     if profile is not None:
         for table in sorted(profile.glob("rank-*/summary.txt")):
             print(f"{table.parent}\n{table.read_text(encoding='utf-8')}", file=sys.stderr)
+
+
+def _read_schema(file: Path) -> StructuredOutputsParams:
+    try:
+        with file.open(encoding="utf-8") as text:
+            return StructuredOutputsParams(json=text.read(MAX_GRAMMAR_BYTES + 1))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError("json_schema", str(file), f"it can't be read: {type(error).__name__}") from error
+    except RequestError as error:
+        raise ConfigError("json_schema", str(file), error.remedy) from error
 
 
 def chat(

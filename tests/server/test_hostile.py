@@ -7,6 +7,10 @@ from collections.abc import Iterator
 import pytest
 
 from ryzanstein_jax import AsyncLLM
+from ryzanstein_jax.server.app import make_app
+from ryzanstein_jax.server.page import FILES
+from ryzanstein_jax.server.service import Service
+from ryzanstein_jax.server.settings import ServerConfig
 from tests.server.serving import MODEL, Served, serving
 
 KEY = "a-key-of-this-test"
@@ -94,7 +98,7 @@ def test_other_bodies_than_json(small):
         ("top_p", [0, -1, 1.1]),
         ("stop", [["x"] * 5, ["x" * 2000], [""], "", [1], {"x": 1}]),
         ("logit_bias", [{"131": 1}, {"x": 1}, {"-1": 1}, {"1": 101}, {"1" * 50: 1},
-                        {"٣": 1}, [1], {"1": None}]),
+                        {"٣": 1}, [1], {"1": None}, {str(token): 1 for token in range(5000)}]),
         ("seed", [1 << 63, -(1 << 64), 0.5, "1"]),
         ("stop_token_ids", [[131], [-1], [1] * 100, ["1"]]),
         ("min_tokens", [-1, 1000]),
@@ -248,6 +252,13 @@ def test_request_ids_are_kept_where_they_are_plain(small, given):
     _, headers, _ = small.request("GET", "/health", headers={"X-Request-Id": given.encode("latin-1")})
     assert (headers["x-request-id"] == given) == (given == "abc-123_X.y")
     assert 0 < len(headers["x-request-id"]) <= 64
+
+
+def test_no_route_is_left_out_of_these():
+    app = make_app(Service(ServerConfig(), MODEL, "1"))
+    served = {(method, route.path) for route in app._app.routes for method in route.methods - {"HEAD"}}
+    open_to_all = {"/health", *FILES}
+    assert {path for _, path in served - set(ROUTES)} - open_to_all == {"/v1/models/{name:path}"}
 
 
 @pytest.mark.parametrize(("method", "path"), ROUTES)
