@@ -24,7 +24,6 @@ from bench.protocol import ROOT
 #: at all times and not in step.
 PROMPT, SHORTEST, LENGTHS = 16, 32, 33
 _START_SECONDS = 300.0
-_NAME = "served"
 
 
 class Server:
@@ -33,6 +32,8 @@ class Server:
     Args:
         popen: the process; its standard error is its log.
     """
+
+    model = "served"  # what clients call it
 
     def __init__(self, popen: subprocess.Popen[str]):
         self.popen, self.lines = popen, list[str]()
@@ -76,7 +77,7 @@ class Server:
 def serving(model: str, *options: str) -> Iterator[Server]:
     """A server of the model, until the end of the block."""
     command = [
-        sys.executable, "-m", "ryzanstein_jax.cli", "serve", model, "--port", "0", "--served-model-name", _NAME,
+        sys.executable, "-m", "ryzanstein_jax.cli", "serve", model, "--port", "0", "--served-model-name", Server.model,
         "--executor", "processes", *options,
     ]  # fmt: skip
     server = Server(subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True))
@@ -131,7 +132,7 @@ def press(server: Server, streams: int, seconds: float, vocab_size: int, first_t
     async def one(api: openai.AsyncOpenAI, prompt: list[int], wanted: int, temperature: float) -> None:
         times, tokens = [time.monotonic()], 0
         stream = await api.completions.create(
-            model=_NAME, prompt=prompt, max_tokens=wanted, temperature=temperature, stream=True,
+            model=server.model, prompt=prompt, max_tokens=wanted, temperature=temperature, stream=True,
             extra_body={"ignore_eos": True, "return_token_ids": True},
         )  # fmt: skip
         async for chunk in stream:

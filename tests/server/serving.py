@@ -27,8 +27,8 @@ from ryzanstein_jax.server.app import make_app
 from ryzanstein_jax.server.run import bind, uvicorn_config
 from ryzanstein_jax.server.service import Service
 from ryzanstein_jax.server.settings import ServerConfig
-from ryzanstein_jax.streams import StreamChunk, StreamCursor
 from ryzanstein_jax.server.tracing import Tracing
+from ryzanstein_jax.streams import StreamChunk, StreamCursor
 
 MODEL = "tiny"
 
