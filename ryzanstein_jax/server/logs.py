@@ -40,7 +40,7 @@ def log(message: str, *, level: int = logging.INFO, exception: BaseException | N
 
 
 def set_up_logs(stream: TextIO | None = None) -> None:
-    """Sends logs of this package, the HTTP server and the sender of traces to a stream, standard error unless given."""
+    """Sends logs to a stream, standard error unless given, as JSON: this package's, and those of the libraries below."""
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(JsonFormatter())
     for name in ("ryzanstein_jax", "uvicorn", "opentelemetry"):
