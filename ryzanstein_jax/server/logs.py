@@ -40,7 +40,7 @@ def log(message: str, *, level: int = logging.INFO, exception: BaseException | N
 
 
 def set_up_logs(stream: TextIO | None = None) -> None:
-    """Sends logs to a stream, standard error unless given, as JSON: this package's, and those of the libraries below."""
+    """Sends logs to a stream, standard error unless given, as JSON: ours and our libraries'."""
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(JsonFormatter())
     for name in ("ryzanstein_jax", "uvicorn", "opentelemetry"):
