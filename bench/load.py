@@ -22,7 +22,7 @@ from bench.protocol import ROOT
 
 #: Prompts are random tokens, so that no two share a prefix; completions differ in length, so that streams begin and end
 #: at all times and not in step.
-PROMPT, SHORTEST, LENGTHS = 16, 32, 33
+PROMPT, SHORTEST, LENGTHS, LONGEST = 16, 16, 17, 80
 _START_SECONDS = 300.0
 
 
@@ -113,7 +113,7 @@ class Load:
 def press(server: Server, streams: int, seconds: float, vocab_size: int, first_turn: int = 0) -> Load:
     """Keeps so many streams open for so long, each client asking again when its answer has ended.
 
-    Half of the requests are greedy, half sampled. No answer is cut off: the last ones end after the time. Each turn of
+    All are greedy: sampling is the devices' work. No answer is cut off: the last ones end after the time. Each turn of
     a client has a prompt of its own; `first_turn` is the number of the first.
     """
     load, leader = Load(), psutil.Process(server.popen.pid)
@@ -125,14 +125,14 @@ def press(server: Server, streams: int, seconds: float, vocab_size: int, first_t
             (prompt,) = draw([PROMPT], vocab_size, seed=number * 10_007 + turn)
             wanted = SHORTEST + (7 * number + 11 * turn) % LENGTHS
             try:
-                await one(api, prompt, wanted, number % 2)
+                await one(api, prompt, wanted)
             except Exception as error:  # noqa: BLE001 - any is a finding
                 load.errors.append(repr(error)[:300])
 
-    async def one(api: openai.AsyncOpenAI, prompt: list[int], wanted: int, temperature: float) -> None:
+    async def one(api: openai.AsyncOpenAI, prompt: list[int], wanted: int) -> None:
         times, tokens = [time.monotonic()], 0
         stream = await api.completions.create(
-            model=server.model, prompt=prompt, max_tokens=wanted, temperature=temperature, stream=True,
+            model=server.model, prompt=prompt, max_tokens=wanted, temperature=0, stream=True,
             extra_body={"ignore_eos": True, "return_token_ids": True},
         )  # fmt: skip
         async for chunk in stream:

@@ -11,7 +11,7 @@ import pytest
 from rich.table import Table
 
 from bench.harness import Bench
-from bench.load import LENGTHS, PROMPT, SHORTEST, press, serving
+from bench.load import LONGEST, press, serving
 from bench.machine import num_cores, other_cpu_seconds
 
 #: Of the leader's memory, from ten seconds on: what an allocator may still add. A leak shows as more.
@@ -19,13 +19,12 @@ _MOST_GROWTH = 1.1
 
 
 def test_load(bench: Bench, request: pytest.FixtureRequest) -> None:
-    """Random prompts of 16 tokens, completions of 32 to 64, each client asking again as soon as it has its answer."""
+    """Random prompts of 16 tokens, completions of 16 to 32, each client asking again as soon as it has its answer."""
     smoke = request.config.getoption("--smoke")
     streams, seconds = (16, 1.0) if smoke else (256, 60.0)
-    longest = PROMPT + SHORTEST + LENGTHS - 1
     options = [
         "--tp", str(bench.settings["tensor_parallel_size"]), "--dtype", bench.settings["dtype"],
-        "--max-model-len", str(longest), "--max-num-seqs", str(streams), "--max-num-batched-tokens", "512",
+        "--max-model-len", str(LONGEST), "--max-num-seqs", str(streams), "--max-num-batched-tokens", "512",
     ]  # fmt: skip
     if bench.settings["quantization"] is not None:
         options += ["--quantization", bench.settings["quantization"]]
