@@ -4,6 +4,7 @@ import { request } from "./api.js";
 
 const PAUSE = 0.7; // seconds of silence after which a stream counts as paused
 const MOST_TOKENS = 1024;
+const TEMPERATURE = 0.5; // at 1, which is the API's default, small models ramble
 const find = (id) => document.getElementById(id);
 const seconds = () => performance.now() / 1000;
 
@@ -93,6 +94,7 @@ export class Chat {
   async *stream(messages, signal) {
     const body = {
       model: this.now().model, messages, stream: true, max_tokens: this.most(), return_token_ids: true,
+      temperature: TEMPERATURE,
     };
     const response = await request("/v1/chat/completions", {
       method: "POST", body: JSON.stringify(body), headers: { "Content-Type": "application/json" }, signal,

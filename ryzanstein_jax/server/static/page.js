@@ -80,12 +80,14 @@ function place(rank) {
   return rank.replica === undefined ? rank.rank : `${rank.replica} / ${rank.rank}`;
 }
 
+const count = (number, what) => `${number} ${what}${number === 1 ? "" : "s"}`;
+
 function showDevices(found) {
   const { engine, orchestrator } = found;
   const facts = engine ? [engine.device, engine.dtype] : [];
   if (orchestrator) {
     facts.push(`${orchestrator.width} of ${orchestrator.configured_width} devices serve`);
-    facts.push(`started ${orchestrator.generation} times`, `${orchestrator.faults} faults`);
+    facts.push(count(orchestrator.generation, "start"), count(orchestrator.faults, "fault"));
     for (const replica of several(engine)) {
       const queued = replica.waiting ? ` + ${replica.waiting}` : "";
       facts.push(`replica ${replica.replica}: ${replica.state}, ${replica.running}${queued} sequences`);
