@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from ryzanstein_jax import kv_cache
+from ryzanstein_jax import kv_cache, paged_attention
 
 #: Queries in a tile of a prompt chunk, and positions of a block of pages; chosen by measurement on CPUs.
 TILE = 32
@@ -141,6 +141,8 @@ def _attend_shard(q_TKQH, k_TKH, v_TKH, keys, values, plan, *, scale, window, so
     keys = kv_cache.write(keys, k_TKH, plan.slots_T)
     values = kv_cache.write(values, v_TKH, plan.slots_T)
     decodes = plan.decode_lens.shape[0]
+    if has_kernel(keys.shape[-1]):
+        return _kernel(q_TKQH, keys, values, plan, scale=scale, window=window, softcap=softcap), keys, values
     update = partial(_update, scale=scale, softcap=softcap)
     parts = []
     if decodes:
@@ -149,6 +151,30 @@ def _attend_shard(q_TKQH, k_TKH, v_TKH, keys, values, plan, *, scale, window, so
         parts.append(_prefill(q_TKQH[decodes:], keys, values, plan, window, update))
     out = parts[0] if len(parts) == 1 else jnp.concatenate(parts)
     return out, keys, values
+
+
+def has_kernel(head_dim: int) -> bool:
+    """Whether the devices of the mesh in use are GPUs that `paged_attention` is for."""
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    return device is not None and device.device_kind.startswith("NVIDIA") and paged_attention.supports(head_dim)
+
+
+def _kernel(q_TKQH, keys, values, plan, **more):  # type: ignore[no-untyped-def]
+    """All of a step by `paged_attention`: each decode token a tile of its own, then those of the prompt chunks."""
+    decodes, out = plan.decode_lens.shape[0], None
+    if q_TKQH.shape[0] > decodes:
+        out = jnp.zeros_like(q_TKQH)  # what is padding has to be finite
+    if decodes:
+        each = jnp.arange(decodes)
+        lens_D = plan.decode_lens
+        tiles = paged_attention.Tiles(each, each, jnp.maximum(lens_D - 1, 0), jnp.minimum(lens_D, 1), plan.decode_tables)
+        out = paged_attention.attend_tiles(q_TKQH, keys, values, tiles, out, tile=1, **more)
+    if q_TKQH.shape[0] > decodes:
+        tiles = paged_attention.Tiles(
+            plan.tile_starts, plan.tile_seqs, plan.tile_positions, plan.tile_lens, plan.prefill_tables
+        )
+        out = paged_attention.attend_tiles(q_TKQH, keys, values, tiles, out, tile=TILE, first=decodes, **more)
+    return out
 
 
 def _decode(q_DKQH, keys, values, plan, window, update):  # type: ignore[no-untyped-def]
