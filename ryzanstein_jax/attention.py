@@ -1,5 +1,7 @@
 """Attention over pages: one dispatch point, and the reference in plain XLA that runs everywhere.
 
+NVIDIA GPUs have a kernel of their own, `paged_attention`; what follows is about the reference.
+
 The reference reads the pages in blocks with a running softmax, and only those in use: loop bounds are
 data, so no program depends on how long the context is. A decode token attends to *items*, the blocks of its
 own sequence, and many items of all sequences are read at a time, so that a short sequence costs little beside a
@@ -16,6 +18,7 @@ a block, P pages of a block, W page-table width, X whatever stands for queries.
 from __future__ import annotations
 
 import math
+import os
 from functools import partial
 from typing import NamedTuple
 
@@ -23,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from ryzanstein_jax import kv_cache, paged_attention
+from ryzanstein_jax import kv_cache
 
 #: Queries in a tile of a prompt chunk, and positions of a block of pages; chosen by measurement on CPUs.
 TILE = 32
@@ -34,6 +37,12 @@ TILES = 4
 
 #: Decode tokens that a block must have in common for reading it once to pay.
 SHARERS = 8
+
+#: Of the environment; see `has_kernel`.
+ATTENTION_VARIABLE = "RYZANSTEIN_ATTENTION"
+
+#: Sizes of heads that `paged_attention` knows: Triton has powers of two only.
+KERNEL_HEADS = (16, 32, 64, 128, 256)
 
 _MASKED = -1e30
 #: The maximum of no scores: so far above masked ones that their weights are zero beside it.
@@ -142,7 +151,8 @@ def _attend_shard(q_TKQH, k_TKH, v_TKH, keys, values, plan, *, scale, window, so
     values = kv_cache.write(values, v_TKH, plan.slots_T)
     decodes = plan.decode_lens.shape[0]
     if has_kernel(keys.shape[-1]):
-        return _kernel(q_TKQH, keys, values, plan, scale=scale, window=window, softcap=softcap), keys, values
+        out = attend_by_kernel(q_TKQH, keys, values, plan, scale=scale, window=window, softcap=softcap)
+        return out, keys, values
     update = partial(_update, scale=scale, softcap=softcap)
     parts = []
     if decodes:
@@ -154,26 +164,31 @@ def _attend_shard(q_TKQH, k_TKH, v_TKH, keys, values, plan, *, scale, window, so
 
 
 def has_kernel(head_dim: int) -> bool:
-    """Whether the devices of the mesh in use are GPUs that `paged_attention` is for."""
+    """Whether `paged_attention` computes it: the mesh in use is of NVIDIA GPUs, and heads have a size that it knows.
+
+    `$RYZANSTEIN_ATTENTION` set to "portable" turns it off.
+    """
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    return device is not None and device.device_kind.startswith("NVIDIA") and paged_attention.supports(head_dim)
+    if device is None or not device.device_kind.startswith("NVIDIA"):
+        return False
+    return head_dim in KERNEL_HEADS and os.environ.get(ATTENTION_VARIABLE) != "portable"
 
 
-def _kernel(q_TKQH, keys, values, plan, **more):  # type: ignore[no-untyped-def]
-    """All of a step by `paged_attention`: each decode token a tile of its own, then those of the prompt chunks."""
-    decodes, out = plan.decode_lens.shape[0], None
-    if q_TKQH.shape[0] > decodes:
-        out = jnp.zeros_like(q_TKQH)  # what is padding has to be finite
+def attend_by_kernel(q_TKQH, keys, values, plan, **settings):  # type: ignore[no-untyped-def]
+    """What a step's tokens attend to, each decode token a tile of its own, by `paged_attention`."""
+    # Imported here because Pallas is of no use elsewhere, and takes its time.
+    from ryzanstein_jax.paged_attention import Tiles, attend_tiles
+
+    decodes = plan.decode_lens.shape[0]
+    # Of padding among the prompt tokens the results have to be finite.
+    out = jnp.zeros_like(q_TKQH) if q_TKQH.shape[0] > decodes else None
     if decodes:
-        each = jnp.arange(decodes)
-        lens_D = plan.decode_lens
-        tiles = paged_attention.Tiles(each, each, jnp.maximum(lens_D - 1, 0), jnp.minimum(lens_D, 1), plan.decode_tables)
-        out = paged_attention.attend_tiles(q_TKQH, keys, values, tiles, out, tile=1, **more)
+        each, lens_D = jnp.arange(decodes), plan.decode_lens
+        tiles = Tiles(each, each, jnp.maximum(lens_D - 1, 0), jnp.minimum(lens_D, 1), plan.decode_tables)
+        out = attend_tiles(q_TKQH, keys, values, tiles, out, tile=1, **settings)
     if q_TKQH.shape[0] > decodes:
-        tiles = paged_attention.Tiles(
-            plan.tile_starts, plan.tile_seqs, plan.tile_positions, plan.tile_lens, plan.prefill_tables
-        )
-        out = paged_attention.attend_tiles(q_TKQH, keys, values, tiles, out, tile=TILE, first=decodes, **more)
+        tiles = Tiles(plan.tile_starts, plan.tile_seqs, plan.tile_positions, plan.tile_lens, plan.prefill_tables)
+        out = attend_tiles(q_TKQH, keys, values, tiles, out, tile=TILE, first=decodes, **settings)
     return out
 
 

@@ -38,6 +38,7 @@ import jaxlib
 from jax.experimental import serialize_executable
 from jax.sharding import Mesh
 
+from ryzanstein_jax.attention import ATTENTION_VARIABLE
 from ryzanstein_jax.cache import check_private, private_folder
 
 _LOG = logging.getLogger(__name__)
@@ -221,7 +222,7 @@ def environment_of(mesh: Mesh) -> dict[str, object]:
         "devices": [(device.id, device.process_index, device.device_kind) for device in mesh.devices.flat],
         "local_devices": [device.id for device in jax.local_devices()],
         "mesh": (mesh.axis_names, mesh.devices.shape, mesh.axis_types),
-        "flags": [os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")],
+        "flags": [os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS", ATTENTION_VARIABLE)],
         "config": {name: value for name, value in jax.config.values.items() if not name.startswith(_IRRELEVANT)},
         "sources": sources_digest(),
     }

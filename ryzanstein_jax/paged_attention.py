@@ -6,8 +6,8 @@ the pages up to its last query with a running softmax. A decode token is a tile 
 of them to fill a GPU, its pages are split among several programs, and a second small kernel joins their results
 (Flash-Decoding). Nothing of the launch depends on data, so that a whole step is one CUDA graph.
 
-The numbers of a program are `Schedule`'s. They were chosen by what the compiler says of registers and
-shared memory, without a GPU to time them on.
+`Schedule` has the sizes of its programs, which were chosen by what the compiler says of registers and shared memory:
+there was no GPU to time them on. `docs/performance.md` has that account.
 
 Array names end in their dims: T tokens, K KV slots, Q query heads per slot, H head_dim, N sequences, W page-table
 width, M tiles, X rows of a program (queries of a tile times heads), L positions of a block, S splits.
@@ -94,11 +94,6 @@ class Schedule:
         return cls(heads, groups, block, splits, warps=8 if tile * heads >= 128 else 4, stages=2 if tile > 1 else 3)
 
 
-def supports(head_dim: int) -> bool:
-    """Whether the kernel is made for heads of that size: Triton knows powers of two only."""
-    return head_dim in (16, 32, 64, 128, 256)
-
-
 def attend_tiles(
     q_TKQH: jax.Array,
     keys: jax.Array,
@@ -155,7 +150,7 @@ def attend_tiles(
         grid=(count, slots, schedule.groups * schedule.splits),
         input_output_aliases=aliases,
         compiler_params=triton_pallas.CompilerParams(num_warps=schedule.warps, num_stages=schedule.stages),
-        )(*operands)
+    )(*operands)
     if schedule.splits > 1:
         joined = jax.ShapeDtypeStruct((rows, head_dim), q_TKQH.dtype)
         operands, aliases = list(found), {}

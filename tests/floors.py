@@ -31,6 +31,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "model.layers",
         "model.params",
         "kv_cache",
+        "paged_attention",
         "attention",
         "model.decoder",
         "sampling",

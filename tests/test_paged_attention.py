@@ -1,16 +1,12 @@
 """The kernel for GPUs, interpreted: the same numbers as the portable path, over ragged plans."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ryzanstein_jax import attention, paged_attention
-from ryzanstein_jax.attention import TILE, attend
+from ryzanstein_jax.attention import TILE, attend, attend_by_kernel
 from ryzanstein_jax.batch import Bucket, StepLayout, attention_plan
-from ryzanstein_jax.paged_attention import Schedule, supports
 from tests.support import make_plan
 
 PAGE, LONGEST = 16, 512
@@ -48,7 +44,7 @@ def run(step, *, slots, queries, head_dim, dtype=np.float32, window=None, softca
         out, keys, values = attend(q, k, v, keys.at[0].set(0), values.at[0].set(0), fields, **settings)
         # The pages as the portable path left them, but for the one that padding was written to.
         keys, values = keys.at[0].set(jnp.nan), values.at[0].set(jnp.nan)
-        return attention._kernel(q, keys, values, fields, **settings, interpret=True), out
+        return attend_by_kernel(q, keys, values, fields, **settings, interpret=True), out
 
     found, wanted = jax.jit(both)(layout.pack(plan), q, k, v, keys, values)
     d, c = plan.num_decodes, plan.num_prefill_tokens
