@@ -149,18 +149,20 @@ def attend(
 def _attend_shard(q_TKQH, k_TKH, v_TKH, keys, values, plan, *, scale, window, softcap):  # type: ignore[no-untyped-def]
     keys = kv_cache.write(keys, k_TKH, plan.slots_T)
     values = kv_cache.write(values, v_TKH, plan.slots_T)
+    compute = attend_by_kernel if has_kernel(keys.shape[-1]) else attend_by_loops
+    return compute(q_TKQH, keys, values, plan, scale=scale, window=window, softcap=softcap), keys, values
+
+
+def attend_by_loops(q_TKQH, keys, values, plan, *, scale, window, softcap):  # type: ignore[no-untyped-def]
+    """What a step's tokens attend to, whose keys and values are in the pages: the reference."""
     decodes = plan.decode_lens.shape[0]
-    if has_kernel(keys.shape[-1]):
-        out = attend_by_kernel(q_TKQH, keys, values, plan, scale=scale, window=window, softcap=softcap)
-        return out, keys, values
     update = partial(_update, scale=scale, softcap=softcap)
     parts = []
     if decodes:
         parts.append(_decode(q_TKQH[:decodes], keys, values, plan, window, update))
     if q_TKQH.shape[0] > decodes:
         parts.append(_prefill(q_TKQH[decodes:], keys, values, plan, window, update))
-    out = parts[0] if len(parts) == 1 else jnp.concatenate(parts)
-    return out, keys, values
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
 
 
 def has_kernel(head_dim: int) -> bool:
@@ -175,7 +177,7 @@ def has_kernel(head_dim: int) -> bool:
 
 
 def attend_by_kernel(q_TKQH, keys, values, plan, **settings):  # type: ignore[no-untyped-def]
-    """What a step's tokens attend to, each decode token a tile of its own, by `paged_attention`."""
+    """As `attend_by_loops`, by `paged_attention`: each decode token is a tile of its own."""
     # Imported here because Pallas is of no use elsewhere, and takes its time.
     from ryzanstein_jax.paged_attention import Tiles, attend_tiles
 

@@ -9,6 +9,7 @@ import re
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -17,11 +18,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
+from jax.sharding import Mesh
 
 from ryzanstein_jax.batch import Bucket
 from ryzanstein_jax.memory import memory_analysis, weight_bytes
 from ryzanstein_jax.model.families import spec_from_config
 from ryzanstein_jax.model.sizes import PaddedSizes
+from ryzanstein_jax.model.spec import ModelSpec
 from ryzanstein_jax.planner.compiled import Job
 from ryzanstein_jax.sharding import collectives, make_mesh
 from ryzanstein_jax.step import StepPrograms, StepShapes
@@ -42,16 +45,27 @@ _KERNELS = (
 )
 
 
+def step_programs(spec: ModelSpec, jobs: Sequence[Job], mesh: Mesh) -> StepPrograms:
+    """The engine's programs for these jobs, which are alike but for decodes and prompt tokens; none is compiled."""
+    buckets = tuple(sorted(map(bucket_of, jobs), key=lambda bucket: bucket.tokens))
+    pages, longest = max(job.num_pages for job in jobs), max(job.context for job in jobs)
+    (page_size,), (dtype,) = {job.page_size for job in jobs}, {job.dtype for job in jobs}
+    shapes = StepShapes(buckets, pages, page_size, -(-longest // page_size), 0, 0)
+    return StepPrograms(spec, PaddedSizes.of(spec, mesh.size), jnp.dtype(dtype), mesh, shapes)
+
+
+def bucket_of(job: Job) -> Bucket:
+    """The sizes of its program."""
+    return Bucket(job.decodes, job.prefill, job.prompts, job.rows)
+
+
 def compile_one(config: dict[str, Any], job: Job, target: str) -> dict[str, Any]:
     """Compiles the forward of a step, and the sampler if asked to; the fields of `Compiled`, but for the job."""
-    spec = spec_from_config(config)
     # A power of two: XLA describes whole machines.
     size = 1 << max(0, math.ceil(math.log2(job.width)))
     topology = topologies.get_topology_desc(platform="cuda", topology=f"1x1x{size}", target_config=target)
     mesh = make_mesh(job.width, list(topology.devices))
-    bucket = Bucket(job.decodes, job.prefill, job.prompts, job.rows)
-    shapes = StepShapes((bucket,), job.num_pages, job.page_size, -(-job.context // job.page_size), 0, 0)
-    programs = StepPrograms(spec, PaddedSizes.of(spec, job.width), jnp.dtype(job.dtype), mesh, shapes)
+    programs, bucket = step_programs(spec_from_config(config), [job], mesh), bucket_of(job)
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         forward = programs.lower_forward(bucket).compile(compiler_options={"xla_dump_to": folder})
