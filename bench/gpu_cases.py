@@ -25,6 +25,9 @@ WIDE = {
     "tie_word_embeddings": False,
 }  # fmt: skip
 
+#: Special tokens that a smaller vocabulary does not have.
+_NO_TOKENS = {"bos_token_id": None, "eos_token_id": None}
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -72,7 +75,7 @@ class Sizes:
 
 def _tiny(config: Config) -> Config:
     small = {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 16}
-    return config | small | {"intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 512}
+    return config | small | {"intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 512} | _NO_TOKENS
 
 
 SMOKE = Sizes(
@@ -138,7 +141,7 @@ def shard_config(config: Config, width: int, layers: int) -> Config:
         "intermediate_size": sizes.ffn // width,
         "vocab_size": sizes.vocab // width,
         "num_hidden_layers": layers,
-    }
+    } | _NO_TOKENS
 
 
 def shard_jobs(sizes: Sizes, device: str) -> list[Job]:
