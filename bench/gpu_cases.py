@@ -53,6 +53,7 @@ class Sizes:
     dtype: str = "bfloat16"
     speed: dict[str, Config] = field(default_factory=lambda: {n: config_of(m) for n, m in SPEED_MODELS.items()})
     context: int = 1024
+    few: int = 8
     batch: int = 64
     prompts: int = 8
     prompt: int = 2048
@@ -75,14 +76,14 @@ class Sizes:
 
 def _tiny(config: Config) -> Config:
     small = {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 16}
-    return config | small | {"intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 512} | _NO_TOKENS
+    return config | small | {"intermediate_size": 128, "num_hidden_layers": 1, "vocab_size": 512} | _NO_TOKENS
 
 
 SMOKE = Sizes(
-    dtype="float32", speed={"tiny": _tiny(config_of("llama-3.2-1b"))}, context=64, batch=4, prompts=2, prompt=32,
-    first=16, steps=2, shard={"tiny": (_tiny(config_of("llama-3-8b")), (1, 2))}, shard_widths=(1, 2),
-    shard_batches=(1, 4), shard_context=64, gibibytes=0.01, square=128, attention=((2, 2, 3, 16, 64, 0),),
-    schedules=False,
+    dtype="float32", speed={"tiny": _tiny(config_of("llama-3.2-1b"))}, context=64, few=3, batch=4, prompts=2, prompt=32,
+    first=16, steps=2, shard={"tiny": (_tiny(config_of("llama-3-8b")) | {"num_hidden_layers": 2}, (1, 2))},
+    shard_widths=(1, 2), shard_batches=(1, 4), shard_context=64, gibibytes=0.01, square=128,
+    attention=((2, 2, 3, 16, 64, 0),), schedules=False,
 )  # fmt: skip
 
 
@@ -94,15 +95,15 @@ def on_cpu() -> Sizes:
     )  # fmt: skip
 
 
-
 def speed_jobs(sizes: Sizes, device: str) -> dict[str, list[Job]]:
-    """By model, its programs: decode of one and of many, the long prefill, and the short one of a first token."""
+    """By model, its programs: decode of one, a few and many, the long prefill, the short one of a first token."""
     longest = max(sizes.context, sizes.prompt)
     held = max(sizes.batch * pages(sizes.context, PAGE_SIZE), sizes.prompts * pages(sizes.prompt, PAGE_SIZE)) + 1
     shared: dict[str, Any] = {"context": longest, "num_pages": held, "page_size": PAGE_SIZE, "dtype": sizes.dtype}
     return {
         name: [
             Job(device, 1, 1, 0, sampler=True, **shared),
+            Job(device, 1, sizes.few, 0, sampler=True, **shared),
             Job(device, 1, sizes.batch, 0, sampler=True, **shared),
             Job(device, 1, 0, sizes.prompts * sizes.prompt, **shared),
             Job(device, 1, 0, sizes.first, **shared),
@@ -134,14 +135,18 @@ def shard_config(config: Config, width: int, layers: int) -> Config:
     spec = spec_from_config(config)
     sizes = PaddedSizes.of(spec, width)
     slots = sizes.heads.num_slots // width
-    return config | {
-        "head_dim": spec.head_dim,
-        "num_key_value_heads": slots,
-        "num_attention_heads": slots * sizes.heads.queries_per_slot,
-        "intermediate_size": sizes.ffn // width,
-        "vocab_size": sizes.vocab // width,
-        "num_hidden_layers": layers,
-    } | _NO_TOKENS
+    return (
+        config
+        | {
+            "head_dim": spec.head_dim,
+            "num_key_value_heads": slots,
+            "num_attention_heads": slots * sizes.heads.queries_per_slot,
+            "intermediate_size": sizes.ffn // width,
+            "vocab_size": sizes.vocab // width,
+            "num_hidden_layers": layers,
+        }
+        | _NO_TOKENS
+    )
 
 
 def shard_jobs(sizes: Sizes, device: str) -> list[Job]:

@@ -1,6 +1,6 @@
 """What `bench.gpu` runs in a process of its own for each stage: a request on stdin, a JSON line for each result.
 
-    {"stage": "card", "sizes": "full", "known": {...}, "hf_python": null, "model": null}
+{"stage": "card", "sizes": "full", "known": {...}, "hf_python": null, "model": null}
 """
 
 from __future__ import annotations
@@ -87,20 +87,28 @@ def speed(request: Request, emit: Emit) -> None:
         emit(f"{name}.compile_seconds", time.perf_counter() - began)
         params = in_order(programs, noise(programs))
         vocab, itemsize = config["vocab_size"], programs.dtype.itemsize
-        one, many, long, short = jobs
-        for what, job in (("decode_1", one), (f"decode_{sizes.batch}", many)):
-            plan = plan_of(job, vocab, context=sizes.context)
+        one, few, many, long, short = jobs
+        alone = plan_of(one, vocab, context=sizes.context)
+        for what, job, plan in (
+            ("decode_1", one, alone),
+            (f"decode_1_in_{sizes.few}", few, alone),
+            (f"decode_{sizes.batch}", many, plan_of(many, vocab, context=sizes.context)),
+        ):
             loop = ForwardLoop(programs, bucket_of(job), plan, params)
             loop.check()
             device = seconds_each(lambda steps, loop=loop: loop.run(steps), sizes.steps)
             loop.close()
-            step = seconds_each(
-                runner_loop(Runner(programs, params, max_model_len=job.context), plan), sizes.steps
-            )
-            least = decode_bytes(config, job.decodes, sizes.context, itemsize)
+            runner = Runner(programs, params, max_model_len=job.context)
+            step = seconds_each(runner_loop(runner, plan), sizes.steps) if job is not few else device
+            least = decode_bytes(config, plan.num_decodes, sizes.context, itemsize)
             emit(
                 f"{name}.{what}",
-                {"forward_seconds": device, "step_seconds": step, "tokens_per_s": job.decodes / step, "bytes": least}
+                {
+                    "forward_seconds": device,
+                    "step_seconds": step,
+                    "tokens_per_s": plan.num_decodes / step,
+                    "bytes": least,
+                }
                 | ({"share_of_bandwidth": least / step / bandwidth} if bandwidth else {}),
             )
         plan = plan_of(long, vocab, prompts=sizes.prompts)

@@ -60,8 +60,7 @@ def predicted_speedups(
                 found.count * all_reduce(found.bytes, width, device.link)[1]
                 for found in step_collectives(spec, sizes, Step(decodes=batch), itemsize)
             ) + sum(
-                found.count * all_gather(found.bytes, width, device.link)
-                for found in sampler_collectives(sizes, batch)
+                found.count * all_gather(found.bytes, width, device.link) for found in sampler_collectives(sizes, batch)
             )
             step = forward + samplers[batch] + communication
             rows.append(

@@ -1,19 +1,21 @@
 """The kernel for GPUs, interpreted: the same numbers as the portable path, over ragged plans."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ryzanstein_jax.attention import TILE, attend, attend_by_kernel
+from ryzanstein_jax.attention import ATTENTION_VARIABLE, TILE, attend, attend_by_kernel, has_kernel
 from ryzanstein_jax.batch import Bucket, StepLayout, attention_plan
-from tests.support import make_plan
+from ryzanstein_jax.paged_attention import Schedule
+from tests.support import make_plan, quick_compiles
 
 PAGE, LONGEST = 16, 512
 #: Decode tokens by position, and prompt chunks by (first position, length).
 STEPS = {
     "decodes": ([0, 511, 63, 64, 200], []),
-    "chunks": ([], [(0, 5), (60, 70), (400, 100)]),
     "both": ([37, 250], [(0, TILE), (63, TILE + 1), (129, 1)]),
 }
 
@@ -46,7 +48,8 @@ def run(step, *, slots, queries, head_dim, dtype=np.float32, window=None, softca
         keys, values = keys.at[0].set(jnp.nan), values.at[0].set(jnp.nan)
         return attend_by_kernel(q, keys, values, fields, **settings, interpret=True), out
 
-    found, wanted = jax.jit(both)(layout.pack(plan), q, k, v, keys, values)
+    with quick_compiles():
+        found, wanted = jax.jit(both)(layout.pack(plan), q, k, v, keys, values)
     d, c = plan.num_decodes, plan.num_prefill_tokens
     real = [*range(d), *range(bucket.decodes, bucket.decodes + c)]
     return np.asarray(found, np.float32), np.asarray(wanted, np.float32), real
@@ -64,3 +67,35 @@ def test_as_the_portable_path(step, slots, queries, head_dim, window, softcap):
     np.testing.assert_allclose(found[real], wanted[real], atol=2e-5)
     padding = np.delete(found, real, axis=0)
     assert len(padding) and not padding.any(), "of padding the results are zero, whatever lies in page 0"
+
+
+def test_half_precision():
+    found, wanted, real = run(STEPS["both"], slots=1, queries=4, head_dim=32, dtype=jnp.bfloat16)
+    np.testing.assert_allclose(found[real], wanted[real], atol=3e-2)
+
+
+@pytest.mark.parametrize("tile", [1, TILE])
+@pytest.mark.parametrize("queries", [1, 3, 4, 8, 12, 16])
+def test_a_schedule_covers_the_heads_and_fits_a_gpu(queries, tile):
+    for tiles, slots, head_dim, positions in [(1, 8, 128, 8192), (128, 1, 64, 300), (9, 2, 256, 16)]:
+        found = Schedule.of(tiles, tile, slots, queries, head_dim, positions)
+        assert found.heads * found.groups >= queries and found.heads & (found.heads - 1) == 0
+        assert 16 <= tile * found.heads <= 128, "what matrix units do at least, and registers hold at most"
+        assert found.splits & (found.splits - 1) == 0 and (tile == 1 or found.splits == 1)
+        # Keys and values of the blocks on their way, of at most 227 KiB of shared memory.
+        assert found.stages * found.block * head_dim * 2 * 2 <= 200 << 10
+    alone = Schedule.of(1, 1, 8, 4, 128, 8192)
+    assert 8 * alone.splits >= 132, "one sequence keeps all multiprocessors of an H100 busy"
+
+
+def test_gpus_and_heads_that_have_the_kernel(monkeypatch):
+    def on(kind):
+        mesh = SimpleNamespace(abstract_device=kind and SimpleNamespace(device_kind=kind))
+        monkeypatch.setattr(jax.sharding, "get_abstract_mesh", lambda: mesh)
+        return has_kernel
+
+    assert on("NVIDIA H100 80GB HBM3")(128) and on("NVIDIA A100-SXM4-80GB")(64)
+    assert not on("NVIDIA H100 80GB HBM3")(96), "Triton's arrays have powers of two only"
+    assert not on("cpu")(128) and not on(None)(128)
+    monkeypatch.setenv(ATTENTION_VARIABLE, "portable")
+    assert not on("NVIDIA H100 80GB HBM3")(128)
