@@ -47,6 +47,7 @@ class Sizes:
         gibibytes: of the buffer that is copied.
         square: rows and columns of the matrices whose product is timed.
         attention: cases of attention alone: sequences, KV slots, queries of each, head size, context, prompt tokens.
+        families: tiny models of `tests/golden`, whose logits are compared.
         schedules: whether to try other schedules of the kernel.
     """
 
@@ -71,6 +72,7 @@ class Sizes:
         (1, 8, 4, 128, 1024, 0), (1, 8, 4, 128, 8192, 0), (64, 8, 4, 128, 1024, 0), (64, 8, 4, 64, 1024, 0),
         (32, 1, 8, 128, 8192, 0), (8, 8, 4, 128, 2048, 2048), (4, 8, 4, 64, 2048, 2048),
     )  # fmt: skip
+    families: tuple[str, ...] = ("llama", "gemma2", "qwen3", "mixtral", "phi3")
     schedules: bool = True
 
 
@@ -83,7 +85,7 @@ SMOKE = Sizes(
     dtype="float32", speed={"tiny": _tiny(config_of("llama-3.2-1b"))}, context=64, few=3, batch=4, prompts=2, prompt=32,
     first=16, steps=2, shard={"tiny": (_tiny(config_of("llama-3-8b")) | {"num_hidden_layers": 2}, (1, 2))},
     shard_widths=(1, 2), shard_batches=(1, 4), shard_context=64, gibibytes=0.01, square=128,
-    attention=((2, 2, 3, 16, 64, 0),), schedules=False,
+    attention=((2, 2, 3, 16, 64, 0),), families=("llama",), schedules=False,
 )  # fmt: skip
 
 

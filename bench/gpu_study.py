@@ -46,8 +46,6 @@ from ryzanstein_jax.step import StepPrograms, StepShapes
 
 Emit = Callable[[str, Any], None]
 _TESTS = Path(__file__).resolve().parent.parent / "tests"
-#: Tiny models of different kinds, with the logits that transformers gave.
-_FAMILIES = ("llama", "gemma2", "qwen3", "mixtral", "phi3")
 #: A model whose heads the kernel knows, computed by the processor too.
 _SMALL = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 2048, "hidden_act": "silu",
@@ -66,7 +64,7 @@ class WrongResultError(AssertionError):
 
 def correct(request: Any, emit: Emit) -> None:
     """Logits of tiny models, and greedy tokens: those of transformers, and those of this machine's processor."""
-    for family in _FAMILIES if request.sizes.attention else _FAMILIES[:1]:
+    for family in request.sizes.families:
         emit(f"logits.{family}", {"largest_error": _largest_error(family)})
     ours, theirs = (_small_tokens(devices) for devices in (jax.devices()[:1], jax.devices("cpu")[:1]))
     same = sum(a == b for a, b in zip(ours, theirs, strict=True))
@@ -162,8 +160,10 @@ def _largest_error(family: str) -> float:
 # --- attention alone
 
 
-#: Layers of keys and values, so that none is still in the caches when its turn comes.
-_LAYERS = 4
+#: Layers of a measurement: each has keys and values of its own, so that none is still in the caches when its turn
+#: comes, and few bytes take many layers, so that the host is quicker than the device.
+_LAYERS = (4, 32)
+_BYTES = 1 << 30
 #: Other schedules of the kernel, by what is changed.
 _SCHEDULES: dict[str, Callable[[Any], Any]] = {
     "block_32": lambda s: replace(s, block=32),
@@ -211,7 +211,7 @@ def attention_alone(request: Any, emit: Emit) -> None:
 def _attention_case(
     case: tuple[int, int, int, int, int, int], dtype: str
 ) -> tuple[Callable[..., jax.Array], tuple[Any, ...], float]:
-    """A function of `_LAYERS` attentions one after the other, its operands, and the bytes that one has to read."""
+    """A function of some attentions one after the other, its operands, and the bytes that one has to move."""
     count, slots, queries, head_dim, context, prompt = case
     vocab = 100
     if prompt:
@@ -220,23 +220,25 @@ def _attention_case(
         bucket, plan = Bucket(count, 0, 0, count), decode_plan(count, context, vocab, PAGE_SIZE)
     layout = StepLayout(bucket, PAGE_SIZE, -(-max(context, prompt) // PAGE_SIZE))
     shape = (plan.page_tables.max() + 1, slots, PAGE_SIZE, head_dim)
-    keys = jax.random.split(jax.random.key(2), 2 * _LAYERS + 1)
+    interpret = jax.devices()[0].platform == "cpu"
+    itemsize = jnp.dtype(dtype).itemsize
+    moved = itemsize * count * slots * head_dim * (2 * max(context, prompt) + 2 * queries * max(prompt, 1))
+    layers = 1 if interpret else max(_LAYERS[0], min(_LAYERS[1], _BYTES // moved))
+    keys = jax.random.split(jax.random.key(2), 2 * layers + 1)
     pages = [jax.random.normal(key, shape).astype(dtype) for key in keys[1:]]
     q = jax.random.normal(keys[0], (bucket.tokens, slots, queries, head_dim)).astype(dtype)
-    interpret = jax.devices()[0].platform == "cpu"
+    settings: dict[str, Any] = {"scale": head_dim**-0.5, "window": None, "softcap": None}
 
     def run(q: jax.Array, flat: jax.Array, *pages: jax.Array, by_kernel: bool) -> jax.Array:
         plan = attention_plan(layout.unpack(flat))
-        settings: dict[str, Any] = {"scale": head_dim**-0.5, "window": None, "softcap": None}
+        compute = partial(attention.attend_by_kernel, interpret=interpret) if by_kernel else attention.attend_by_loops
+        layer = jax.jit(lambda q, keys, values, plan: compute(q, keys, values, plan, **settings))
+        out = jnp.zeros_like(q)
         for keys, values in zip(pages[::2], pages[1::2], strict=True):
-            if by_kernel:
-                q = attention.attend_by_kernel(q, keys, values, plan, **settings, interpret=interpret)
-            else:
-                q = attention.attend_by_loops(q, keys, values, plan, **settings)
-        return q.astype(jnp.float32)
+            # Each waits for the one before it; what is attended to alone would be too small to tell positions apart.
+            out = layer(q + out, keys, values, plan)
+        return out.astype(jnp.float32)
 
-    itemsize = jnp.dtype(dtype).itemsize
-    moved = itemsize * (2 * count * max(context, prompt) * slots * head_dim + 2 * q.size)
     return run, (q, jax.device_put(layout.pack(plan)), *pages), float(moved)
 
 
@@ -244,7 +246,7 @@ def _timed(run: Callable[..., jax.Array], operands: Sequence[Any]) -> tuple[jax.
     """What it gives, and seconds of one layer."""
     found = run(*operands)
     seconds = seconds_each(lambda steps: jax.block_until_ready([run(*operands) for _ in range(steps)][-1]), 5)
-    return found, seconds / _LAYERS
+    return found, seconds / ((len(operands) - 2) // 2)
 
 
 # --- shards

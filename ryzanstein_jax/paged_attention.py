@@ -34,6 +34,8 @@ _LOG2_E = math.log2(math.e)
 _LEAST_ROWS = 16
 #: Most rows of one program: more would not leave room for a tile's values in the registers.
 _MOST_ROWS = 128
+#: Bytes of a multiprocessor's shared memory that a program may take: what GPUs from Ampere on all have.
+_SHARED_MEMORY = 96 << 10
 #: Programs that fill a GPU twice over (an H100 has 132 multiprocessors), and splits that are worth joining.
 _PROGRAMS = 264
 _MOST_SPLITS = 32
@@ -77,21 +79,32 @@ class Schedule:
     stages: int
 
     @classmethod
-    def of(cls, tiles: int, tile: int, slots: int, queries: int, head_dim: int, positions: int) -> Schedule:
+    def of(
+        cls, tiles: int, tile: int, slots: int, queries: int, head_dim: int, positions: int, itemsize: int
+    ) -> Schedule:
         """For that many tiles of `tile` queries, on one device.
 
         Args:
             slots, queries, head_dim: KV slots of the device, query heads of each, and the size of a head.
             positions: of the longest sequence.
+            itemsize: bytes of a query's, key's or value's number.
         """
-        heads = min(pl.next_power_of_2(queries), max(1, _MOST_ROWS // tile))
-        groups = -(-queries // heads)
-        heads = max(heads, _LEAST_ROWS // tile)
-        block = 64 if head_dim <= 128 else 32
+        # In one program as many heads as there are, but no more rows than registers hold.
+        heads = max(min(pl.next_power_of_2(queries), _MOST_ROWS // tile), _LEAST_ROWS // tile, 1)
+        block = 64
+        # As the compiler lays it out: two blocks for the matrix units of Hopper. With three stages the first is for
+        # the page table, and there is one block.
+        blocks_held, stages = (2, 2) if tile > 1 else (1, 3)
+        row = head_dim * itemsize
+        while (tile * heads + 2 * blocks_held * block) * row > _SHARED_MEMORY:
+            if tile * heads >= 2 * blocks_held * block and tile * heads >= 2 * _LEAST_ROWS and heads > 1:
+                heads //= 2
+            else:
+                block //= 2
         splits = 1
         while tile == 1 and splits < min(_MOST_SPLITS, -(-positions // block), -(-_PROGRAMS // (tiles * slots))):
             splits *= 2
-        return cls(heads, groups, block, splits, warps=8 if tile * heads >= 128 else 4, stages=2 if tile > 1 else 3)
+        return cls(heads, -(-queries // heads), block, splits, warps=8 if tile * heads >= 128 else 4, stages=stages)
 
 
 def attend_tiles(
@@ -126,7 +139,9 @@ def attend_tiles(
     """
     tokens, slots, queries, head_dim = q_TKQH.shape
     page_size, count = keys.shape[2], tiles.starts.shape[0]
-    schedule = Schedule.of(count, tile, slots, queries, head_dim, tiles.tables.shape[1] * page_size)
+    schedule = Schedule.of(
+        count, tile, slots, queries, head_dim, tiles.tables.shape[1] * page_size, q_TKQH.dtype.itemsize
+    )
     kernel = partial(
         paged_attention_kernel, schedule=schedule, tile=tile, first=first, shape=(slots, queries, page_size),
         scale=scale, window=window, softcap=softcap,

@@ -84,7 +84,7 @@ def test_shards_are_timed_and_predict() -> None:
 
 
 def test_the_right_tokens_and_logits() -> None:
-    found = results_of(gpu_study.correct, dataclasses.replace(SMOKE, attention=()))
+    found = results_of(gpu_study.correct, SMOKE)
     assert found["logits.llama"]["largest_error"] < 1e-4
     assert found["tokens_as_on_cpu"] == {"equal": 4, "of": 4}
     assert "left out" in found["default_model"]

@@ -78,13 +78,16 @@ def test_half_precision():
 @pytest.mark.parametrize("queries", [1, 3, 4, 8, 12, 16])
 def test_a_schedule_covers_the_heads_and_fits_a_gpu(queries, tile):
     for tiles, slots, head_dim, positions in [(1, 8, 128, 8192), (128, 1, 64, 300), (9, 2, 256, 16)]:
-        found = Schedule.of(tiles, tile, slots, queries, head_dim, positions)
-        assert found.heads * found.groups >= queries and found.heads & (found.heads - 1) == 0
-        assert 16 <= tile * found.heads <= 128, "what matrix units do at least, and registers hold at most"
-        assert found.splits & (found.splits - 1) == 0 and (tile == 1 or found.splits == 1)
-        # Keys and values of the blocks on their way, of at most 227 KiB of shared memory.
-        assert found.stages * found.block * head_dim * 2 * 2 <= 200 << 10
-    alone = Schedule.of(1, 1, 8, 4, 128, 8192)
+        for itemsize in (2, 4):
+            found = Schedule.of(tiles, tile, slots, queries, head_dim, positions, itemsize)
+            assert found.heads * found.groups >= queries and found.heads & (found.heads - 1) == 0
+            rows = tile * found.heads
+            assert 16 <= rows <= 128 and found.block >= 16, "what matrix units do at least, and registers hold at most"
+            assert found.splits & (found.splits - 1) == 0 and (tile == 1 or found.splits == 1)
+            # Queries, and the keys and values on their way, of 99 KiB of shared memory on the smallest of these GPUs.
+            held = 2 if tile > 1 else 1
+            assert (rows + 2 * held * found.block) * head_dim * itemsize <= 96 << 10
+    alone = Schedule.of(1, 1, 8, 4, 128, 8192, 2)
     assert 8 * alone.splits >= 132, "one sequence keeps all multiprocessors of an H100 busy"
 
 
