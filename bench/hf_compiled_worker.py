@@ -62,7 +62,7 @@ class HfCompiledWorker(HfWorker):
         """Seconds of a decode step of so many sequences: what that many more tokens took."""
         ids = self._ids(count, max(1, context - steps))
         long = self._seconds(lambda: self._generate(ids, steps + 1))
-        # The same cache: its size is part of what is compiled.
+        # Of one token only the prompt is computed.
         short = self._seconds(lambda: self._generate(ids, 1))
         step = (long - short) / steps
         return {"step_seconds": step, "tokens_per_s": count / step}

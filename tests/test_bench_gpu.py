@@ -212,4 +212,5 @@ def test_stages_are_chosen_and_one_that_fails_stops_no_other(
     assert all(found["state"].startswith("left out") for found in content["stages"].values()) and content["machine"]
     with pytest.raises(SystemExit):
         gpu.main(["--only", "nothing"])
-    assert sum(gpu.STAGES.values()) <= gpu.SECONDS < 8 * 60
+    *others, last = gpu.STAGES.values()
+    assert sum(others) + 70 <= gpu.SECONDS == last < 8 * 60
