@@ -82,7 +82,7 @@ def _tiny(config: Config) -> Config:
 
 
 SMOKE = Sizes(
-    dtype="float32", speed={"tiny": _tiny(config_of("llama-3.2-1b"))}, context=64, few=3, batch=4, prompts=2, prompt=32,
+    dtype="float32", speed={"tiny": _tiny(config_of("llama-3.2-1b"))}, context=64, few=4, batch=4, prompts=2, prompt=32,
     first=16, steps=2, shard={"tiny": (_tiny(config_of("llama-3-8b")) | {"num_hidden_layers": 2}, (1, 2))},
     shard_widths=(1, 2), shard_batches=(1, 4), shard_context=64, gibibytes=0.01, square=128,
     attention=((2, 2, 3, 16, 64, 0),), families=("llama",), schedules=False,

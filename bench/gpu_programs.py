@@ -22,6 +22,7 @@ from ryzanstein_jax.plan import ROW, StepPlan
 from ryzanstein_jax.planner.compile_gpu import bucket_of, step_programs
 from ryzanstein_jax.planner.compiled import Job
 from ryzanstein_jax.planner.usage import pages
+from ryzanstein_jax.program_table import ProgramTable
 from ryzanstein_jax.sharding import make_mesh
 from ryzanstein_jax.step import Params, StepPrograms
 
@@ -32,8 +33,10 @@ ROUNDS = 3
 def open_programs(config: dict[str, Any], jobs: Sequence[Job]) -> StepPrograms:
     """Compiles what greedy requests run on one device."""
     programs = step_programs(spec_from_config(config), jobs, make_mesh(1))
-    lowered = [(programs.forwards, bucket_of(job), programs.lower_forward(bucket_of(job))) for job in jobs]
-    for rows in {bucket_of(job).sampled_rows for job in jobs}:
+    buckets = dict.fromkeys(bucket_of(job) for job in jobs)
+    lowered: list[tuple[ProgramTable, Any, jax.stages.Lowered]] = []
+    lowered += [(programs.forwards, bucket, programs.lower_forward(bucket)) for bucket in buckets]
+    for rows in {bucket.sampled_rows for bucket in buckets}:
         lowered.append((programs.samplers, rows, programs.lower_sample(rows)))
     with ThreadPoolExecutor(num_cores()) as pool:
         for (table, size, _), compiled in zip(lowered, pool.map(lambda one: one[2].compile(), lowered), strict=True):
