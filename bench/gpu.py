@@ -171,16 +171,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     model = str(options.model) if options.model.is_file() and not options.smoke else None
     name = options.name or options.device
     recorder = Recorder(options.json.absolute() / f"gpu_{name}.json", {"name": name, "sizes": sizes})
-    request = {"sizes": sizes, "hf_python": hf_python or None, "model": model}
+    request = {"device": options.device, "sizes": sizes, "hf_python": hf_python or None, "model": model}
     with tempfile.TemporaryDirectory(prefix="bench-gpu-") as folder:
         began = time.monotonic()
         for stage in (stage for stage in STAGES if stage in chosen):
             # Programs that two stages need are compiled once.
             environment = {"JAX_COMPILATION_CACHE_DIR": folder, **os.environ, **_ENVIRONMENT}
             environment.pop("JAX_NUM_CPU_DEVICES", None)
-            if options.device == "cpu":
-                environment["JAX_PLATFORMS"] = "cpu"
-            elif stage == "profile_kernels":
+            # Without a GPU a stage shall fail, and not take its time on the processor, which `correct` needs too.
+            environment["JAX_PLATFORMS"] = "cpu" if options.device == "cpu" else "cuda,cpu"
+            if stage == "profile_kernels" and options.device == "gpu":
                 environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {_NO_GRAPHS}".strip()
             left = options.seconds - (time.monotonic() - began)
             if left < 5:

@@ -25,12 +25,14 @@ class Request:
     """What a stage is asked for.
 
     Attributes:
+        device: "gpu" or "cpu".
         sizes: of what it computes.
         known: results of the stages before it, by stage.
         hf_python: interpreter with torch and transformers.
         model: path of the embedded default model, if it is there.
     """
 
+    device: str
     sizes: Sizes
     known: dict[str, Any]
     hf_python: str | None
@@ -138,7 +140,8 @@ def transformers(request: Request, emit: Emit) -> None:
     for name, config in sizes.speed.items():
         worker = Worker(request.hf_python, "bench.hf_compiled_worker")
         try:
-            worker.call("start", config=config, dtype=sizes.dtype)
+            device = "cuda" if request.device == "gpu" else "cpu"
+            worker.call("start", config=config, dtype=sizes.dtype, device=device)
             emit("versions", worker.call("describe"))
             # Of the cheap first: what takes long to compile comes last.
             emit(f"{name}.prefill", worker.call("prefill", prompts=sizes.prompts, length=sizes.prompt))
@@ -148,6 +151,14 @@ def transformers(request: Request, emit: Emit) -> None:
             emit(f"{name}.first_token", worker.call("first_token", length=sizes.first))
         finally:
             worker.close()
+
+
+def check_gpu() -> None:
+    """Raises RuntimeError: JAX has no GPU here. It would go on with the processor, which has neither time nor room."""
+    import jax
+
+    if (platform := jax.devices()[0].platform) != "gpu":
+        raise RuntimeError(f"JAX computes on {platform} here; --device cpu measures that")
 
 
 def main() -> None:
@@ -163,7 +174,11 @@ def main() -> None:
     stages = {"card": card, "speed": speed, "transformers": transformers} | gpu_study.STAGES
     sizes = {"full": Sizes, "smoke": lambda: SMOKE, "cpu": on_cpu}[asked["sizes"]]()
     try:
-        stages[asked["stage"]](Request(sizes, asked["known"], asked["hf_python"], asked["model"]), emit)
+        # A process of JAX's own would take the GPU's memory from that of transformers.
+        if asked["device"] == "gpu" and asked["stage"] != "transformers":
+            check_gpu()
+        request = Request(asked["device"], sizes, asked["known"], asked["hf_python"], asked["model"])
+        stages[asked["stage"]](request, emit)
     except Exception:  # noqa: BLE001 - whatever it is, it is recorded
         print(json.dumps({"error": traceback.format_exc()}), file=answers, flush=True)
         raise SystemExit(1) from None

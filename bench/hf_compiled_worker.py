@@ -23,9 +23,9 @@ class HfCompiledWorker(HfWorker):
     """Handlers of the calls."""
 
     @torch.inference_mode()
-    def start(self, config: dict[str, Any], dtype: str) -> dict[str, Any]:  # type: ignore[override]
-        """Makes a model of this `config.json`."""
-        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+    def start(self, config: dict[str, Any], dtype: str, device: str) -> dict[str, Any]:  # type: ignore[override]
+        """Makes a model of this `config.json` on "cuda" or "cpu"."""
+        self._device = device
         known = AutoConfig.for_model(**{k: v for k, v in config.items() if k != "architectures"})
         with torch.device(self._device):
             self._model = AutoModelForCausalLM.from_config(known, dtype=getattr(torch, dtype)).eval()

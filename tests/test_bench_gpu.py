@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT))  # the benchmarks are no part of the installed pac
 
 from bench import gpu, gpu_study  # noqa: E402
 from bench.gpu_cases import SMOKE, Sizes, decode_bytes, prefill_operations, shard_config, shard_jobs, speed_jobs  # noqa: E402
-from bench.gpu_stages import Request, card, speed, transformers  # noqa: E402
+from bench.gpu_stages import Request, card, check_gpu, speed, transformers  # noqa: E402
 from bench.gpu_trace import kernels_of  # noqa: E402
 from bench.shards import predicted_speedups, whole_model  # noqa: E402
 from ryzanstein_jax.model.families import spec_from_config  # noqa: E402
@@ -30,7 +30,7 @@ LLAMA = config_of("llama-3-8b")
 def results_of(stage, sizes: Sizes, **known):
     found = {}
     with quick_compiles():
-        stage(Request(sizes, known, None, None), found.__setitem__)
+        stage(Request("cpu", sizes, known, None, None), found.__setitem__)
     json.dumps(found)  # it goes to a file
     return found
 
@@ -89,6 +89,11 @@ def test_the_right_tokens_and_logits() -> None:
     assert found["tokens_as_on_cpu"] == {"equal": 4, "of": 4}
     assert "left out" in found["default_model"]
     assert "left_out" in results_of(transformers, SMOKE)
+
+
+def test_without_a_gpu_a_stage_says_so() -> None:
+    with pytest.raises(RuntimeError, match="--device cpu"):
+        check_gpu()
 
 
 # --- sizes
@@ -195,7 +200,7 @@ def test_stages_are_chosen_and_one_that_fails_stops_no_other(
     ran = []
 
     def stage(name, request, environment, recorder, seconds):
-        ran.append((name, seconds, environment.get("XLA_FLAGS", "")))
+        ran.append((name, environment["JAX_PLATFORMS"], environment.get("XLA_FLAGS", "")))
         result = recorder.stage(name)
         result |= {"state": "failed with exit code 1" if name == "card" else "done", "seconds": 1.0}
         result["results"]["figure"] = {"a": 1.5, "b": [1]}
@@ -206,6 +211,7 @@ def test_stages_are_chosen_and_one_that_fails_stops_no_other(
     assert gpu.main([*command, "--seconds", "100"]) == 1
     assert [name for name, _, _ in ran] == ["card", "shards", "profile_kernels"]
     assert [flags for _, _, flags in ran] == ["", "", gpu._NO_GRAPHS]
+    assert {platforms for _, platforms, _ in ran} == {"cuda,cpu"}, "without a GPU it fails, rather than take hours"
     assert "a 1.5" in capsys.readouterr().out
     assert gpu.main([*command, "--seconds", "0"]) == 1
     content = json.loads((tmp_path / "gpu_h100.json").read_text())
