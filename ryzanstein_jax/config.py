@@ -12,7 +12,7 @@ from ryzanstein_jax.errors import ConfigError
 from ryzanstein_jax.nccl import GLOO_INTERFACE_VARIABLE, NcclConfig
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-QUANTIZATIONS = ("int8",)
+QUANTIZATIONS = ("int8", "int4", "fp8")
 CLUSTERS = ("ray",)
 #: What an embedding is made of: the hidden state of the last token, or the mean of all.
 POOLINGS = ("last", "mean")
@@ -37,7 +37,9 @@ class EngineConfig:
         dtype: of weights, activations and KV cache. "auto" is the checkpoint's on an accelerator
             and float32 on a CPU, where it is the fastest.
         quantization: "int8" computes the linear layers with int8 weights (a scale for each output channel) and int8
-            activations (one for each token, found as they come); float weights are quantized while they are loaded.
+            activations (one for each token, found as they come); "int4" with 4-bit weights in groups of up to 128
+            inputs, "fp8" with float8 weights and, on GPUs, activations. Float weights are quantized while they are
+            loaded.
             None computes a checkpoint as it is.
         max_model_len: longest prompt + completion, in tokens; None takes the model's own limit.
         memory_fraction: share of each device's memory that weights, temporaries and KV cache may

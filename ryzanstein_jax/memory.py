@@ -18,7 +18,7 @@ from ryzanstein_jax.budget import plan_memory as plan_memory
 from ryzanstein_jax.errors import MemoryBudgetError
 from ryzanstein_jax.model.decoder import Decoder
 from ryzanstein_jax.model.params import param_specs
-from ryzanstein_jax.model.quantization import QUANTIZATIONS
+from ryzanstein_jax.model.quantization import QUANTIZATIONS, array_bytes
 from ryzanstein_jax.model.spec import ModelSpec
 from ryzanstein_jax.sharding import PaddedSizes, partition_spec
 
@@ -36,7 +36,7 @@ def weight_bytes(shapes: Iterable[jax.ShapeDtypeStruct]) -> int:
     total = 0
     for shape in shapes:
         local = shape.sharding.shard_shape(shape.shape) if shape.sharding is not None else shape.shape
-        total += int(np.prod(local, dtype=np.int64)) * jnp.dtype(shape.dtype).itemsize
+        total += array_bytes(local, jnp.dtype(shape.dtype))
     return total
 
 
@@ -59,7 +59,8 @@ class Footprint:
     Attributes:
         width: devices of the mesh.
         weights: parameters on one device.
-        int8_bytes: bytes of the weights on one device with `quantization="int8"` and the rest in float32.
+        int8_bytes, int4_bytes, fp8_bytes: bytes of the weights on one device with `quantization="int8"` and so on, and
+            the rest in float32.
         kv_values: cached values per token on one device.
         padding: parameters added so that the sizes divide, as a share of the model's own.
     """
@@ -67,14 +68,20 @@ class Footprint:
     width: int
     weights: int
     int8_bytes: int
+    int4_bytes: int
+    fp8_bytes: int
     kv_values: int
     padding: float
 
 
 def footprint(spec: ModelSpec, width: int) -> Footprint:
     """The footprint at one width, from the shapes alone: no devices are needed."""
-    sizes, quantized = PaddedSizes.of(spec, width), spec.replace(quantization=QUANTIZATIONS["int8"])
+    quantized = {}
+    for name, quantization in QUANTIZATIONS.items():
+        one = spec.replace(quantization=quantization)
+        quantized[f"{name}_bytes"] = PaddedSizes.of(one, width).weight_bytes_per_device(one, 4)
     spec = spec.replace(quantization=None)
+    sizes = PaddedSizes.of(spec, width)
     total = local = 0
     for param in param_specs(Decoder(spec, sizes, jnp.dtype("float32"))).values():
         size = int(np.prod(param.shape, dtype=np.int64))
@@ -82,7 +89,7 @@ def footprint(spec: ModelSpec, width: int) -> Footprint:
         total, local = total + size, local + (size // width if sharded else size)
     real = spec.num_parameters()
     kv = 2 * spec.num_layers * sizes.heads.num_slots // width * spec.head_dim
-    return Footprint(width, local, sizes.weight_bytes_per_device(quantized, 4), kv, (total - real) / real)
+    return Footprint(width=width, weights=local, kv_values=kv, padding=(total - real) / real, **quantized)
 
 
 def host_peak_bytes() -> int:

@@ -73,10 +73,10 @@ def partition_spec(axes: tuple[str | None, ...], rules: Rules = MEGATRON_RULES) 
     """The PartitionSpec of an array with these logical axes.
 
     Raises:
-        KeyError: an axis has no rule.
+        KeyError: an axis has no rule. Groups of an axis lie as the axis does.
         ValueError: two axes of one array would take the same mesh axis.
     """
-    mesh_axes = [None if axis is None else rules[axis] for axis in axes]
+    mesh_axes = [None if axis is None else rules[axis.removesuffix("_groups")] for axis in axes]
     used = [axis for axis in mesh_axes if axis is not None]
     if len(used) != len(set(used)):
         raise ValueError(f"the logical axes {axes} map to one mesh axis twice: {mesh_axes}")

@@ -20,6 +20,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     (
         "model",
         "model.quantization",
+        "model.quantized_checkpoints",
         "model.spec",
         "model.sizes",
         "model.config_fields",
@@ -28,6 +29,9 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "budget",
         "sharding",
         "model.int8",
+        "model.grouped",
+        "model.fp8",
+        "model.kernels",
         "model.layers",
         "model.params",
         "kv_cache",
@@ -48,6 +52,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "checkpoint",
         "checkpoint.source",
         "checkpoint.quantize",
+        "checkpoint.packed",
         "checkpoint.safetensors",
         "checkpoint.gguf_metadata",
         "checkpoint.gguf",
@@ -239,6 +244,7 @@ MEASURING = ("planner.compile_gpu", "planner.calibrate")
 WITHOUT_JAX = (
     *FLOORS[0],
     "model.quantization",
+    "model.quantized_checkpoints",
     "model.spec",
     "model.sizes",
     "budget",

@@ -15,10 +15,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from ryzanstein_jax.checkpoint.packed import PackedSource
 from ryzanstein_jax.checkpoint.quantize import QuantizingSource
 from ryzanstein_jax.checkpoint.recipe import Part, Recipes, make_recipes
 from ryzanstein_jax.checkpoint.source import Box, WeightSource, extents, slices, volume
 from ryzanstein_jax.model.params import ParamSpec
+from ryzanstein_jax.model.quantization import array_bytes
 from ryzanstein_jax.model.spec import ModelSpec
 from ryzanstein_jax.sharding import RULES, PaddedSizes, named_sharding
 
@@ -35,7 +37,7 @@ class LoadReport:
     Attributes:
         seconds: from the first check to the last array.
         bytes_read: of the tensors taken, as the source gives them (those of GGUF files count dequantized, those that
-            are quantized here as int8).
+            are quantized here as they become).
         bytes_on_devices: of this process's shards, padding and copies included.
         peak_host_bytes: most that the process's resident memory grew by meanwhile; where the devices are
             CPUs their arrays are part of it. Sampled; 0 where the system does not tell.
@@ -99,7 +101,11 @@ def load_params(
     report = LoadReport(
         seconds=time.perf_counter() - began,
         bytes_read=sum(count for _, count in loaded.values()),
-        bytes_on_devices=sum(s.data.nbytes for array in arrays.values() for s in array.addressable_shards),
+        bytes_on_devices=sum(
+            array_bytes(shard.data.shape, shard.data.dtype)
+            for array in arrays.values()
+            for shard in array.addressable_shards
+        ),
         peak_host_bytes=memory.peak,
     )
     return arrays, report
@@ -108,11 +114,13 @@ def load_params(
 def with_recipes(
     source: WeightSource, spec: ModelSpec, sizes: PaddedSizes, params: Mapping[str, ParamSpec]
 ) -> tuple[WeightSource, Recipes]:
-    """The source as the parameters need it, quantizing where they are int8 and it is not, and their recipes.
+    """The source as the parameters need it, decoded and quantized, and their recipes.
 
     Raises:
         WeightsError: as `load_params`.
     """
+    if spec.quantization is not None and spec.quantization.layout and source.dialect == "huggingface":
+        source = PackedSource(source, spec.quantization)
     recipes = make_recipes(source, spec, sizes, params)
     return (QuantizingSource(source, recipes.to_quantize) if recipes.to_quantize else source), recipes
 
@@ -145,7 +153,7 @@ def assemble(source: WeightSource, parts: list[Part], box: Box, dtype: np.dtype)
         for overlap, wanted in pieces:
             values = block[slices(_shift(wanted, around))]
             out[slices(_shift(overlap, box))] = values.reshape(extents(overlap))
-            count += values.nbytes
+            count += array_bytes(values.shape, values.dtype)
     return out, count
 
 

@@ -1,7 +1,7 @@
 """Weights that take arithmetic to load, written once as they are computed with: the next start only copies them.
 
 A quantized GGUF file is dequantized into safetensors under the same Hugging Face names, in the dtype of the devices;
-kernels that are computed in int8 are kept in int8, with their scales.
+kernels that are quantized are kept so, with their scales, 4-bit ones as int8.
 An entry belongs to one source file by its path, size and time of change; a checkpoint that needs no arithmetic has
 none. Weights are no code, but they decide what a model says: only this user may write them.
 """
@@ -17,6 +17,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import psutil
 
@@ -128,7 +129,8 @@ class ConvertedWeights:
         if isinstance(source, QuantizingSource) and (
             name in source.tensors or name.removesuffix(SCALE) in source.tensors
         ):
-            return source.info(name).dtype
+            dtype = source.info(name).dtype
+            return np.dtype(np.int8) if dtype == ml_dtypes.int4 else dtype  # files have no int4
         return self.dtype
 
     def _header(self, source: WeightSource) -> bytes:

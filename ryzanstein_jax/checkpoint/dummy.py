@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from ryzanstein_jax.checkpoint.layout import Layout, layout_of
-from ryzanstein_jax.checkpoint.quantize import LARGEST, SCALE
+from ryzanstein_jax.checkpoint.quantize import DTYPES, LARGEST, SCALE, ZERO
 from ryzanstein_jax.model.params import ParamSpec
 from ryzanstein_jax.model.spec import ModelSpec
 from ryzanstein_jax.sharding import RULES, PaddedSizes, named_sharding
@@ -32,7 +32,7 @@ def dummy_params(
 
     Values depend on the seed and the path alone: they are drawn in the canonical layout and padded with
     zeros, so that every width computes the same model. Kernels are uniform with variance 1 / fan-in, norms
-    neutral, biases small. int8 kernels hold the same values, rounded.
+    neutral, biases small. Quantized kernels hold the same values, rounded.
     """
     made: dict[tuple[object, ...], Callable[[np.uint32], jax.Array]] = {}
     arrays = {}
@@ -41,16 +41,20 @@ def dummy_params(
         sharding = named_sharding(mesh, param.axes, RULES[sizes.sharding])
         leaf = path.rsplit(".", 1)[-1]
         fan_in = math.prod(layout.canonical[-_INPUT_DIMS.get(".".join(path.split(".")[-2:]), 1) :])
+        largest = next((LARGEST[kind] for kind, dtype in DTYPES.items() if dtype == param.dtype), 0.0)
         if path.endswith(SCALE):
-            kernel = params[path.removesuffix(SCALE)]
-            inner = layout_of(path.removesuffix(SCALE), kernel, spec, sizes).canonical[len(layout.canonical) :]
-            fan_in = math.prod(inner)
-        key = (layout.shape, layout.canonical, param.axes, param.dtype, leaf, fan_in)
+            kernel = path.removesuffix(SCALE)
+            largest = next(LARGEST[kind] for kind, dtype in DTYPES.items() if dtype == params[kernel].dtype)
+            canonical = layout_of(kernel, params[kernel], spec, sizes).canonical
+            fan_in = math.prod(canonical[-_INPUT_DIMS.get(".".join(kernel.split(".")[-2:]), 1) :])
+        key = (layout.shape, layout.canonical, param.axes, param.dtype, leaf, fan_in, largest)
         if key not in made:
             if path.endswith(SCALE):
-                made[key] = _constant(layout, param, fan_in**-0.5 * math.sqrt(3) / LARGEST, sharding)
-            elif param.dtype == np.int8:
-                made[key] = _random(layout, param, LARGEST / math.sqrt(3), sharding)
+                made[key] = _constant(layout, param, fan_in**-0.5 * math.sqrt(3) / largest, sharding)
+            elif path.endswith(ZERO):
+                made[key] = _constant(layout, param, 0, sharding)
+            elif largest:
+                made[key] = _random(layout, param, largest / math.sqrt(3), sharding)
             elif leaf == "scale":
                 made[key] = _constant(layout, param, 1.0 - spec.norm_offset, sharding)
             else:
@@ -69,7 +73,8 @@ def _random(
         # The upper 24 bits are exact in float32; uniform over [-limit, limit) has that deviation.
         unit = (bits >> 8).astype(jnp.float32) * 2.0**-23 - 1.0
         values = unit * (deviation * math.sqrt(3))
-        return layout.expand((jnp.round(values) if param.dtype == np.int8 else values).astype(param.dtype))
+        whole = jnp.issubdtype(param.dtype, jnp.integer)
+        return layout.expand(jnp.round(values) if whole else values).astype(param.dtype)
 
     return jax.jit(draw, out_shardings=sharding)
 

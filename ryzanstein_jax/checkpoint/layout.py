@@ -30,12 +30,15 @@ class Layout:
         axis: first dimension of heads (`kv_slots`), or None for a parameter that has no heads.
         cells: int32, shaped like the one or two dimensions of heads in `shape`: for each place the flat
             index of its head among those of `canonical`, or -1 where the place is padding.
+        repeats: how often each canonical value stands along the last dimension: a group's scale, where a device's part
+            of the inputs does not hold whole groups.
     """
 
     shape: tuple[int, ...]
     canonical: tuple[int, ...]
     axis: int | None = None
     cells: np.ndarray | None = None
+    repeats: int = 1
 
     @cached_property
     def trivial(self) -> bool:
@@ -49,8 +52,9 @@ class Layout:
         if self.trivial:
             return canonical
         if self.axis is None or self.cells is None:
-            pads = [(0, size - real) for size, real in zip(self.shape, self.canonical, strict=True)]
-            return jnp.pad(canonical, pads)
+            if self.repeats > 1:
+                canonical = jnp.repeat(canonical, self.repeats, axis=-1)[..., : self.shape[-1]]
+            return jnp.pad(canonical, [(0, size - real) for size, real in zip(self.shape, canonical.shape, strict=True)])
         flat = _merge(canonical, self.axis, self.cells.ndim)
         places = jnp.asarray(self.cells.ravel())
         taken = jnp.take(flat, jnp.maximum(places, 0), axis=self.axis)
@@ -62,7 +66,7 @@ class Layout:
         if self.trivial:
             return padded
         if self.axis is None or self.cells is None:
-            return padded[tuple(slice(0, size) for size in self.canonical)]
+            return padded[..., :: self.repeats][tuple(slice(0, size) for size in self.canonical)]
         flat = _merge(padded, self.axis, self.cells.ndim)
         return jnp.take(flat, jnp.asarray(self.sources), axis=self.axis).reshape(self.canonical)
 
@@ -95,6 +99,10 @@ def layout_of(path: str, param: ParamSpec, spec: ModelSpec, sizes: PaddedSizes) 
         "experts": spec.moe.num_experts if spec.moe else 0,
         "kv_slots": spec.num_kv_heads,
     }
+    if axes[-1] == "ffn_groups" and spec.quantization is not None:
+        group = spec.quantization.group
+        canonical = (*param.shape[:-1], -(-spec.intermediate_size // group))
+        return Layout(param.shape, canonical, repeats=group // (sizes.ffn // param.shape[-1]))
     if "kv_slots" not in axes:
         canonical = tuple(real.get(axis or "", size) for axis, size in zip(axes, param.shape, strict=True))
         if any(have < need for have, need in zip(param.shape, canonical, strict=True)):

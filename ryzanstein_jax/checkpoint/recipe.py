@@ -13,8 +13,8 @@ import numpy as np
 
 from ryzanstein_jax.checkpoint.layout import Layout, layout_of
 from ryzanstein_jax.checkpoint.names import Spelling, harmless, prefix_of, spellings
-from ryzanstein_jax.checkpoint.quantize import SCALE
-from ryzanstein_jax.checkpoint.source import Box, WeightSource, extents, whole
+from ryzanstein_jax.checkpoint.quantize import DTYPES, SCALE, ZERO, Rounding
+from ryzanstein_jax.checkpoint.source import FLOATS, Box, WeightSource, extents, whole
 from ryzanstein_jax.errors import WeightsError
 from ryzanstein_jax.model.params import ParamSpec
 from ryzanstein_jax.model.spec import ModelSpec
@@ -65,12 +65,11 @@ class Recipes:
 
     Attributes:
         parts: of every parameter, by its path; what no part covers is padding.
-        to_quantize: float tensors of which int8 and scales are to be made, and how many of their last
-            dimensions are inputs: what `QuantizingSource` takes.
+        to_quantize: float tensors of which kernels and scales are to be made: what `QuantizingSource` takes.
     """
 
     parts: dict[str, list[Part]]
-    to_quantize: dict[str, int]
+    to_quantize: dict[str, Rounding]
 
 
 def make_recipes(source: WeightSource, spec: ModelSpec, sizes: PaddedSizes, params: Mapping[str, ParamSpec]) -> Recipes:
@@ -82,20 +81,45 @@ def make_recipes(source: WeightSource, spec: ModelSpec, sizes: PaddedSizes, para
     """
     book = _Canonical(source) if source.dialect == "canonical" else _HuggingFace(source, spec)
     kernels = [path for path in params if path + SCALE in params]
-    scales = {path + SCALE for path in kernels}
+    companions = {path + kind for path in kernels for kind in (SCALE, ZERO)}
     parts = {
         path: list(book.parts(path, layout_of(path, param, spec, sizes)))
         for path, param in params.items()
-        if path not in scales
+        if path not in companions
     }
-    to_quantize: dict[str, int] = {}
+    to_quantize: dict[str, Rounding] = {}
     for path in kernels:
-        inputs = len(params[path].shape) - len(params[path + SCALE].shape)
-        parts[path + SCALE] = list(book.scale_parts(parts[path], inputs, to_quantize))
-    for path in params.keys() - scales - set(kernels):
+        kernel = _Kernel(path, params[path], params[path + SCALE], spec)
+        for kind in (SCALE, ZERO):
+            if path + kind in params:
+                parts[path + kind] = list(book.companion_parts(kind, kernel, parts[path], to_quantize))
+    for path in params.keys() - companions - set(kernels):
         book.check_float(path, parts[path])
     book.check_left_over()
     return Recipes(parts, to_quantize)
+
+
+class _Kernel:
+    """What the scales of a quantized kernel go by.
+
+    Attributes:
+        inputs: dimensions of inputs that a scale is of; 0 where scales are of groups along the last one.
+        held: values in such a group on a device.
+        group: values in such a group in the kernel's canonical form.
+        stored: values in such a group in a ready-made checkpoint; 0: it has none.
+    """
+
+    def __init__(self, path: str, param: ParamSpec, scale: ParamSpec, spec: ModelSpec):
+        assert spec.quantization is not None
+        self.path, self.dtype = path, param.dtype
+        self.kind = next(kind for kind, dtype in DTYPES.items() if dtype == param.dtype)
+        self.inputs = len(param.shape) - len(scale.shape)
+        self.held, self.group, self.stored = 0, 0, 0
+        self.ready_made = bool(spec.quantization.layout) and self.kind == spec.quantization.name
+        if not self.inputs:
+            self.held, self.stored = param.shape[-1] // scale.shape[-1], spec.quantization.group
+            # Only an MLP's inputs are cut between devices: elsewhere the groups on a device are the canonical ones.
+            self.group = self.stored if param.axes[-1] == "row_ffn" else self.held
 
 
 class _Book(ABC):
@@ -128,30 +152,42 @@ class _Book(ABC):
     def tensor_inputs(self, inputs: int) -> int:
         """How many of a tensor's last dimensions are those `inputs` of its parameter."""
 
-    def scale_parts(self, parts: list[Part], inputs: int, to_quantize: dict[str, int]) -> Iterator[Part]:
-        """The parts of a quantized kernel's scales; a tensor that is not quantized yet goes to `to_quantize`."""
+    def companion_parts(
+        self, kind: str, kernel: _Kernel, parts: list[Part], to_quantize: dict[str, Rounding]
+    ) -> Iterator[Part]:
+        """The parts of a quantized kernel's scales or zero points; float tensors go to `to_quantize`."""
         done = set()
         for part in parts:
-            tensor_inputs, name = self.tensor_inputs(inputs), part.tensor + SCALE
-            target, box = part.target[:-inputs], part.box[:-tensor_inputs]
-            if self.source.info(part.tensor).dtype != np.int8:
-                to_quantize[part.tensor] = tensor_inputs
+            info, group, inputs = self.source.info(part.tensor), kernel.group, self.tensor_inputs(kernel.inputs)
+            name, dtype = part.tensor + kind, info.dtype
+            if dtype in FLOATS and not kernel.ready_made:
+                to_quantize[part.tensor] = Rounding(kernel.kind, inputs, group)
+            elif dtype == kernel.dtype or (kernel.kind, dtype) == ("int4", np.int8):  # files hold int4 as int8
+                group = kernel.stored if kernel.ready_made and self.source.dialect == "huggingface" else group
             else:
-                shape = self.source.info(part.tensor).shape[:-tensor_inputs]
-                if name in self.names and self.source.info(name).shape == (*shape, 1):
-                    shape, box = (*shape, 1), (*box, (0, 1))
-                self.use(name, shape, f"the scales of {part.tensor}")
-            if (target, box) not in done:  # heads along the inputs share their channels' scales
-                done.add((target, box))
-                yield Part(target, name, box, part.group)
+                raise WeightsError(
+                    "the checkpoint holds a kernel in another precision than its configuration says",
+                    file=info.file, tensor=part.tensor, expected=f"{kernel.dtype.name} for {kernel.path}",
+                    found=dtype.name,
+                )  # fmt: skip
+            lead = info.shape[: len(info.shape) - inputs] if kernel.inputs else info.shape[:-1]
+            shape = lead if kernel.inputs else (*lead, -(-info.shape[-1] // group))
+            plain = True
+            if part.tensor not in to_quantize:
+                plain = name not in self.names or self.source.info(name).shape != (*shape, 1) or bool(kernel.held)
+                self.use(name, shape if plain else (*shape, 1), f"the {kind[1:]}s of {part.tensor}")
+            for target, box in _of_groups(part, kernel, group) if kernel.held else [_of_outputs(part, kernel, inputs)]:
+                if (target, box) not in done:  # heads along the inputs share their channels' scales
+                    done.add((target, box))
+                    yield Part(target, name, box if plain else (*box, (0, 1)), part.group)
 
     def check_float(self, path: str, parts: list[Part]) -> None:
         for part in parts:
             info = self.source.info(part.tensor)
-            if info.dtype == np.int8:
+            if info.dtype not in FLOATS:
                 raise WeightsError(
-                    "the checkpoint holds int8 where the model computes in floats",
-                    file=info.file, tensor=part.tensor, expected=f"floats for {path}", found="int8",
+                    f"the checkpoint holds {info.dtype.name} where the model computes in floats",
+                    file=info.file, tensor=part.tensor, expected=f"floats for {path}", found=info.dtype.name,
                 )  # fmt: skip
 
     def harmless(self, name: str) -> bool:
@@ -299,6 +335,30 @@ class _HuggingFace(_Book):
                     name = self.use(spelling.name, (count, rows, *shape[1:]), path)
                     # Read one expert at a time: together they may be gigabytes.
                     yield Part(target, name, one + inner, f"{role}{expert}")
+
+
+def _of_outputs(part: Part, kernel: _Kernel, tensor_inputs: int) -> tuple[Box, Box]:
+    """Where the scales of a part's outputs lie, and what box of the tensor's scales they are."""
+    return part.target[: -kernel.inputs], part.box[:-tensor_inputs]
+
+
+def _of_groups(part: Part, kernel: _Kernel, group: int) -> Iterator[tuple[Box, Box]]:
+    """The same for groups along the last dimension: runs of a device's groups that follow each other in the tensor.
+
+    A group of the device lies in one of the tensor's, whose scale it takes; several may lie in the same.
+    """
+    (start, stop), (first, last) = part.target[-1], part.box[-1]
+    taken = [
+        (place // kernel.held, (first + place - start) // group)
+        for place in range(start // kernel.held * kernel.held, stop, kernel.held)
+    ]
+    begin = 0
+    for index in range(1, len(taken) + 1):
+        follows = index < len(taken) and taken[index][1] == taken[index - 1][1] + 1
+        if not follows:
+            (target, source), count = taken[begin], index - begin
+            yield (*part.target[:-1], (target, target + count)), (*part.box[:-1], (source, source + count))
+            begin = index
 
 
 def _cells(layout: Layout) -> Iterator[tuple[tuple[int, ...], int]]:

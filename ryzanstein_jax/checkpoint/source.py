@@ -87,4 +87,9 @@ DTYPES: dict[str, np.dtype] = {
     "F16": np.dtype("<f2"),
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "I8": np.dtype(np.int8),
+    "I32": np.dtype("<i4"),
+    "I64": np.dtype("<i8"),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
 }
+#: Those that unquantized weights have.
+FLOATS = tuple(DTYPES[name] for name in ("F64", "F32", "F16", "BF16"))

@@ -40,7 +40,8 @@ from ryzanstein_jax.memory import device_bytes, plan_memory, weight_bytes
 from ryzanstein_jax.metrics import Metrics
 from ryzanstein_jax.model.decoder import Decoder
 from ryzanstein_jax.model.params import ParamSpec, param_specs
-from ryzanstein_jax.model.quantization import Quantization, quantization_config
+from ryzanstein_jax.model.quantization import Quantization
+from ryzanstein_jax.model.quantized_checkpoints import quantization_config
 from ryzanstein_jax.model.spec import ModelSpec
 from ryzanstein_jax.plan import StepPlan, StepResult
 from ryzanstein_jax.program_table import BackgroundLoader

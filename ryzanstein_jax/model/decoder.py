@@ -44,7 +44,7 @@ class Attention(nnx.Module):
             ("kv_slots", "heads_per_slot", "head_dim"),
             dtype=dtype,
             bias=spec.qkv_bias,
-            digits=spec.digits.get("qkv", 0),
+            scheme=spec.schemes.get("qkv"),
         )
         self.out = RowParallelLinear(
             (slots, queries, spec.head_dim),
@@ -52,7 +52,7 @@ class Attention(nnx.Module):
             ("kv_slots", "heads_per_slot", "head_dim"),
             dtype=dtype,
             bias=spec.out_bias,
-            digits=spec.digits.get("out", 0),
+            scheme=spec.schemes.get("out"),
             sharding=sizes.sharding,
         )
         self.q_norm, self.k_norm = _qk_norms(spec, sizes, dtype)
@@ -127,7 +127,7 @@ class DecoderLayer(nnx.Module):
                 sizes.experts,
                 spec.activation,
                 dtype=dtype,
-                digits=spec.digits,
+                schemes=spec.schemes,
                 sharding=sizes.sharding,
             )
         else:
@@ -137,8 +137,9 @@ class DecoderLayer(nnx.Module):
                 spec.activation,
                 dtype=dtype,
                 bias=spec.mlp_bias,
-                digits=spec.digits,
+                schemes=spec.schemes,
                 sharding=sizes.sharding,
+                width=sizes.width,
             )
 
     def __call__(
@@ -163,9 +164,9 @@ class Decoder(nnx.Module):
 
     def __init__(self, spec: ModelSpec, sizes: PaddedSizes, dtype: jnp.dtype):
         def table(role: str) -> VocabParallelEmbedding:
-            digits = spec.digits.get(role, 0)
+            scheme = spec.schemes.get(role)
             return VocabParallelEmbedding(
-                sizes.vocab, spec.hidden_size, dtype=dtype, digits=digits, sharding=sizes.sharding
+                sizes.vocab, spec.hidden_size, dtype=dtype, scheme=scheme, sharding=sizes.sharding
             )
 
         self.embedding = table("embedding")

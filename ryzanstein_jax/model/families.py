@@ -13,7 +13,7 @@ from typing import Any
 
 from ryzanstein_jax.errors import ConfigError, UnsupportedModelError
 from ryzanstein_jax.model.config_fields import Fields, shown, whole_number
-from ryzanstein_jax.model.quantization import resolve_quantization
+from ryzanstein_jax.model.quantized_checkpoints import resolve_quantization
 from ryzanstein_jax.model.rope import MAX_POSITION, RopeContext, rope_spec
 from ryzanstein_jax.model.spec import LayerSpec, ModelSpec, MoeSpec, RopeSpec
 

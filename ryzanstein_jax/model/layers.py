@@ -3,7 +3,7 @@
 A module is built abstract: its `nnx.Param`s hold `ShapeDtypeStruct`s with an `axes` note, and
 initialization, sharding and loading all read them. Kernels are stored [output..., input...], as
 checkpoints store them, so that a memory-mapped slice needs no transpose; XLA's CPU matrix-vector
-product is also faster that way round.
+product is also faster that way round. What a quantized kernel is made of is in `kernels`.
 
 Array names end in their dims: T tokens, D embed, K KV slots, Q query heads per slot, H head_dim,
 F ffn, V vocab, E experts, R rows.
@@ -20,28 +20,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from ryzanstein_jax.model import int8
+from ryzanstein_jax.model.int8 import with_two_rows
+from ryzanstein_jax.model.kernels import experts_product, kernel_params, param, quantized_product
+from ryzanstein_jax.model.quantization import Scheme
 from ryzanstein_jax.model.spec import MoeSpec, RopeSpec
-
-
-def param(shape: tuple[int, ...], axes: tuple[str | None, ...], dtype: jnp.dtype) -> nnx.Param:
-    """An abstract parameter: shape, dtype and logical axes, without values."""
-    assert len(shape) == len(axes), (shape, axes)
-    return nnx.Param(jax.ShapeDtypeStruct(shape, dtype), axes=axes)
-
-
-def kernel_params(
-    shape: tuple[int, ...], axes: tuple[str, ...], num_inputs: int, dtype: jnp.dtype, digits: int
-) -> tuple[nnx.Param, nnx.Param | None]:
-    """A kernel, and where it is int8 (`digits` is not 0) the float32 scales of its outputs.
-
-    Outputs are all dimensions but the last `num_inputs`. The scales' path is the kernel's with `_scale` appended:
-    loading goes by that.
-    """
-    if not digits:
-        return param(shape, axes, dtype), None
-    scale = param(shape[:-num_inputs], axes[:-num_inputs], jnp.dtype("float32"))
-    return param(shape, axes, jnp.dtype("int8")), scale
 
 
 def activation(name: str) -> Callable[[jax.Array], jax.Array]:
@@ -68,7 +50,7 @@ def product(x_TI: jax.Array, kernel_OI: jax.Array) -> jax.Array:
         return jax.lax.optimization_barrier(plain(kernel_OI, x_TI)).T
 
     if x_TI.dtype == jnp.bfloat16:
-        return int8.with_two_rows(plain, x_TI, kernel_OI)
+        return with_two_rows(plain, x_TI, kernel_OI)
     if x_TI.dtype != jnp.float32 or not 1 < x_TI.shape[0] <= _FEW_ROWS:
         return plain(x_TI, kernel_OI)
     return jax.lax.platform_dependent(x_TI, kernel_OI, cpu=kernel_first, default=plain)
@@ -89,20 +71,20 @@ class ColumnParallelLinear(nnx.Module):
         *,
         dtype: jnp.dtype,
         bias: bool = False,
-        digits: int = 0,
+        scheme: Scheme | None = None,
     ):
         shape, kernel_axes = (*out_shape, in_features), (*axes, "embed")
-        self.kernel, self.kernel_scale = kernel_params(shape, kernel_axes, 1, dtype, digits)
-        self.digits = digits
+        self.kernel, self.kernel_scale, self.kernel_zero = kernel_params(shape, kernel_axes, 1, dtype, scheme)
+        self.scheme = scheme
         self.bias = param(out_shape, axes, dtype) if bias else None
 
     def __call__(self, x_TD: jax.Array) -> jax.Array:
         kernel = self.kernel[...]
-        kernel_OD = kernel.reshape(-1, kernel.shape[-1])
-        if self.kernel_scale is None:
-            y = product(x_TD, kernel_OD)
+        if self.scheme is None or self.kernel_scale is None:
+            y = product(x_TD, kernel.reshape(-1, kernel.shape[-1]))
         else:
-            y = int8.product(x_TD, kernel_OD, self.kernel_scale[...].reshape(-1), self.digits).astype(x_TD.dtype)
+            zero = None if self.kernel_zero is None else self.kernel_zero[...]
+            y = quantized_product(x_TD, kernel, self.kernel_scale[...], zero, self.scheme).astype(x_TD.dtype)
         y = y.reshape(-1, *kernel.shape[:-1])
         return y if self.bias is None else y + self.bias[...]
 
@@ -112,8 +94,8 @@ class RowParallelLinear(nnx.Module):
 
     The input may have several dimensions; `axes` names them. Where the kernel shards that dimension too, XLA adds up
     what the devices have; where it shards its output instead, the input is gathered before and the output after. Where
-    the kernel is int8, each device scales its own part of every token: that needs no further collective, and rounds
-    a little otherwise at each width.
+    activations are quantized, each device scales its own part of every token: that needs no further collective, and
+    rounds a little otherwise at each width. `width` is how many devices the last dimension of the input is cut for.
     """
 
     def __init__(
@@ -124,12 +106,15 @@ class RowParallelLinear(nnx.Module):
         *,
         dtype: jnp.dtype,
         bias: bool = False,
-        digits: int = 0,
+        scheme: Scheme | None = None,
         sharding: str = "megatron",
+        width: int = 1,
     ):
         shape, kernel_axes = (out_features, *in_shape), ("row_embed", f"row_{axes[0]}", *axes[1:])
-        self.kernel, self.kernel_scale = kernel_params(shape, kernel_axes, len(in_shape), dtype, digits)
-        self.digits, self.sharding = digits, sharding
+        self.kernel, self.kernel_scale, self.kernel_zero = kernel_params(
+            shape, kernel_axes, len(in_shape), dtype, scheme, width
+        )
+        self.scheme, self.sharding = scheme, sharding
         self.bias = param((out_features,), ("embed",), dtype) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -137,18 +122,23 @@ class RowParallelLinear(nnx.Module):
         if self.sharding == "output":
             x = replicate(x)
         scatter = has_token_shards(self.sharding, x)
-        if self.kernel_scale is not None:
-            parts = (x, 1), (kernel, 1), (self.kernel_scale[...], None)
-            y_TD = _summed_over_shards(self._int8_product, *parts, scatter=scatter)
+        if self.scheme is not None and self.kernel_scale is not None:
+            dim = 1 if self.scheme.group else None
+            parts: list[tuple[jax.Array, int | None]] = [(x, 1), (kernel, 1), (self.kernel_scale[...], dim)]
+            if self.kernel_zero is not None:
+                parts.append((self.kernel_zero[...], dim))
+            y_TD = _summed_over_shards(self._quantized_product, *parts, scatter=scatter)
         elif scatter:
             y_TD = _summed_over_shards(_row_product, (x, 1), (kernel, 1), scatter=True)
         else:
             y_TD = replicate(_row_product(x, kernel))
         return y_TD if self.bias is None else y_TD + self.bias[...]
 
-    def _int8_product(self, x: jax.Array, kernel: jax.Array, scale_D: jax.Array) -> jax.Array:
-        x_TI, kernel_DI = x.reshape(x.shape[0], -1), kernel.reshape(kernel.shape[0], -1)
-        return int8.product(x_TI, kernel_DI, scale_D, self.digits).astype(x.dtype)
+    def _quantized_product(
+        self, x: jax.Array, kernel: jax.Array, scale: jax.Array, zero: jax.Array | None = None
+    ) -> jax.Array:
+        assert self.scheme is not None
+        return quantized_product(x, kernel, scale, zero, self.scheme).astype(x.dtype)
 
 
 def _row_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -195,11 +185,12 @@ class VocabParallelEmbedding(nnx.Module):
     """Token embedding, and the output projection too where the two are tied; sharded over the vocabulary."""
 
     def __init__(
-        self, vocab_size: int, features: int, *, dtype: jnp.dtype, digits: int = 0, sharding: str = "megatron"
-    ):
+        self, vocab_size: int, features: int, *, dtype: jnp.dtype, scheme: Scheme | None = None,
+        sharding: str = "megatron",
+    ):  # fmt: skip
         shape = (vocab_size, features)
-        self.table, self.table_scale = kernel_params(shape, ("vocab", "embed"), 1, dtype, digits)
-        self.dtype, self.digits, self.sharding = dtype, digits, sharding
+        self.table, self.table_scale, _ = kernel_params(shape, ("vocab", "embed"), 1, dtype, scheme)
+        self.dtype, self.scheme, self.sharding = dtype, scheme, sharding
 
     def __call__(self, tokens_T: jax.Array) -> jax.Array:
         """[T, D]. Ids out of the table are moved to its nearest row."""
@@ -222,15 +213,15 @@ class VocabParallelEmbedding(nnx.Module):
 
     def logits(self, x_RD: jax.Array) -> jax.Array:
         """float32 [R, V], sharded over V."""
-        if self.table_scale is not None:
-            return int8.product(x_RD, self.table[...], self.table_scale[...], self.digits)
+        if self.scheme is not None and self.table_scale is not None:
+            return quantized_product(x_RD, self.table[...], self.table_scale[...], None, self.scheme)
         if x_RD.dtype == jnp.float32:
             return product(x_RD, self.table[...])
 
         def dot(x_RD: jax.Array, table_VD: jax.Array) -> jax.Array:
             return jax.lax.dot_general(x_RD, table_VD, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
 
-        return int8.with_two_rows(dot, x_RD, self.table[...])
+        return with_two_rows(dot, x_RD, self.table[...])
 
 
 class RMSNorm(nnx.Module):
@@ -296,14 +287,15 @@ class Mlp(nnx.Module):
         *,
         dtype: jnp.dtype,
         bias: bool = False,
-        digits: Mapping[str, int] = MappingProxyType({}),
+        schemes: Mapping[str, Scheme] = MappingProxyType({}),
         sharding: str = "megatron",
+        width: int = 1,
     ):
         self.gate_up = ColumnParallelLinear(
-            embed, (ffn, 2), ("ffn", "gate_up"), dtype=dtype, bias=bias, digits=digits.get("gate_up", 0)
+            embed, (ffn, 2), ("ffn", "gate_up"), dtype=dtype, bias=bias, scheme=schemes.get("gate_up")
         )
         self.down = RowParallelLinear(
-            (ffn,), embed, ("ffn",), dtype=dtype, bias=bias, digits=digits.get("down", 0), sharding=sharding
+            (ffn,), embed, ("ffn",), dtype=dtype, bias=bias, scheme=schemes.get("down"), sharding=sharding, width=width
         )
         self.act = act
 
@@ -322,18 +314,18 @@ class MoeMlp(nnx.Module):
 
     def __init__(
         self, embed: int, spec: MoeSpec, num_experts_padded: int, act: str, *, dtype: jnp.dtype,
-        digits: Mapping[str, int] = MappingProxyType({}), sharding: str = "megatron",
+        schemes: Mapping[str, Scheme] = MappingProxyType({}), sharding: str = "megatron",
     ):  # fmt: skip
         e, f = num_experts_padded, spec.intermediate_size
         self.router = param((spec.num_experts, embed), (None, "embed"), dtype)
-        self.gate_up, self.gate_up_scale = kernel_params(
-            (e, 2, f, embed), ("experts", "gate_up", "expert_ffn", "embed"), 1, dtype, digits.get("gate_up", 0)
+        self.schemes = schemes.get("gate_up"), schemes.get("down")
+        self.gate_up, self.gate_up_scale, self.gate_up_zero = kernel_params(
+            (e, 2, f, embed), ("experts", "gate_up", "expert_ffn", "embed"), 1, dtype, self.schemes[0]
         )
-        self.down, self.down_scale = kernel_params(
-            (e, embed, f), ("experts", "embed", "expert_ffn"), 1, dtype, digits.get("down", 0)
+        self.down, self.down_scale, self.down_zero = kernel_params(
+            (e, embed, f), ("experts", "embed", "expert_ffn"), 1, dtype, self.schemes[1]
         )
-        self.spec, self.act, self.num_experts_padded, self.digits = spec, act, e, tuple(digits.items())
-        self.sharding = sharding
+        self.spec, self.act, self.num_experts_padded, self.sharding = spec, act, e, sharding
 
     def routing(self, x_TD: jax.Array) -> jax.Array:
         """float32 [T, E]: each token's weight for each expert, zero for those it is not routed to."""
@@ -355,19 +347,14 @@ class MoeMlp(nnx.Module):
         return replicate(y_TD)
 
     def _gate_up(self, x_TD: jax.Array) -> jax.Array:
-        gate_up = self.gate_up[...]
-        e, _, f, d = gate_up.shape
-        kernel = gate_up.reshape(e, 2 * f, d)
-        if self.gate_up_scale is None:
-            return jnp.einsum("td,exd->etx", x_TD, kernel).reshape(e, -1, 2, f)
-        q_TD, scales = int8.quantize_tokens(x_TD, dict(self.digits)["gate_up"])
-        y_ETX = jnp.einsum("td,exd->etx", q_TD, kernel, preferred_element_type=jnp.int32)
-        y_ETX = int8.scaled(y_ETX, scales, self.gate_up_scale[...].reshape(e, 1, 2 * f))
-        return y_ETX.astype(x_TD.dtype).reshape(e, -1, 2, f)
+        e, _, f, d = self.gate_up.shape
+        kernel, scale, zero = (
+            None if one is None else one[...] for one in (self.gate_up, self.gate_up_scale, self.gate_up_zero)
+        )
+        scale, zero = (None if one is None else one.reshape(e, 2 * f, *one.shape[3:]) for one in (scale, zero))
+        y_ETX = experts_product(x_TD, kernel.reshape(e, 2 * f, d), scale, zero, self.schemes[0])
+        return y_ETX.reshape(e, -1, 2, f)
 
     def _down(self, z_ETF: jax.Array) -> jax.Array:
-        if self.down_scale is None:
-            return jnp.einsum("etf,edf->etd", z_ETF, self.down[...])
-        q_ETF, scales = int8.quantize_tokens(z_ETF, dict(self.digits)["down"])
-        y_ETD = jnp.einsum("etf,edf->etd", q_ETF, self.down[...], preferred_element_type=jnp.int32)
-        return int8.scaled(y_ETD, scales, self.down_scale[...][:, None]).astype(z_ETF.dtype)
+        scale, zero = (None if one is None else one[...] for one in (self.down_scale, self.down_zero))
+        return experts_product(z_ETF, self.down[...], scale, zero, self.schemes[1])

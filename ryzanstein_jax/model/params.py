@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
 from flax import nnx
+
+from ryzanstein_jax.model.quantization import array_bytes
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class ParamSpec:
     @property
     def nbytes(self) -> int:
         """Bytes of the whole parameter, over all devices together."""
-        return math.prod(self.shape) * self.dtype.itemsize
+        return array_bytes(self.shape, self.dtype)
 
 
 def param_specs(module: nnx.Module) -> dict[str, ParamSpec]:

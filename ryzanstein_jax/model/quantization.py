@@ -2,14 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
-from ryzanstein_jax.errors import UnsupportedModelError
+import numpy as np
 
 #: The linear layers of attention and MLP, the experts' too.
 LINEAR = ("qkv", "out", "gate_up", "down")
+#: The embedding and the output projection.
+TABLES = ("embedding", "unembed")
+
+#: Most inputs of a row-parallel kernel that must stay together for its scales: a device's part is padded to them.
+GROUP_UNIT = 32
+
+
+def array_bytes(shape: Iterable[int], dtype: np.dtype) -> int:
+    """Bytes of an array on a device, where 4-bit values lie in pairs; NumPy gives each of them a byte."""
+    bits = 4 if dtype.name == "int4" else 8 * dtype.itemsize
+    return -(-math.prod(shape) * bits // 8)
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How one kernel is held and multiplied; all of it is symmetric but for `zeros`.
+
+    Attributes:
+        kind: "int8": kernel and activations are, products are exact in int32. "int4": the kernel is, and is dequantized
+            in its product. "fp8": the kernel is float8_e4m3fn; with one scale for each output, GPUs multiply it with
+            activations that are too (one scale for each token), elsewhere it is dequantized in the product.
+        digits: int8 digits of the activations.
+        group: inputs that share a scale; 0: one scale for each output.
+        zeros: each group has a zero point too, int8.
+    """
+
+    kind: str
+    digits: int = 0
+    group: int = 0
+    zeros: bool = False
+
+    @property
+    def bits(self) -> int:
+        """Of a weight."""
+        return 4 if self.kind == "int4" else 8
+
+    def kernel_bytes(self, outputs: int, inputs: int, last: int) -> int:
+        """Bytes of a kernel with its scales and zero points; `last` is the size of its last dimension."""
+        groups = inputs // self.held_group(last) if self.group else 1
+        return -(-outputs * inputs * self.bits // 8) + outputs * groups * (4 + self.zeros)
+
+    def held_group(self, inputs: int) -> int:
+        """Inputs that share a scale on a device whose part of the kernel has `inputs` along its last dimension.
+
+        It divides `group`, so that what lies in one group of a device lies in one of the checkpoint too.
+        """
+        return math.gcd(self.group, inputs)
 
 
 @dataclass(frozen=True)
@@ -17,104 +64,46 @@ class Quantization:
     """One way of computing in fewer bits.
 
     Attributes:
-        name: "int8": kernels int8 with one scale for each output channel, activations int8 with one scale for each
-            token, found when they are there; products accumulate in int32. Both symmetric.
+        name: "int8", "int4" or "fp8": of the linear layers. The tables, where they take part, are int8 with each.
         roles: of the kernels that are: "qkv", "out", "gate_up", "down", "embedding" (and with it the output
             projection where the two are tied), "unembed". All else stays in the dtype of the activations.
-        fine: those of them whose activations take two int8 digits, the second for what the first leaves: more than
-            one digit can show varies within a token there. It doubles the rows of that product, not its weights.
+        fine: those that are int8 whose activations take two int8 digits, the second for what the first leaves: more
+            than one digit can show varies within a token there. It doubles the rows of that product, not its weights.
+        group: of the linear layers, see `Scheme`.
+        zeros: of the linear layers, see `Scheme`.
+        layout: how a checkpoint stores them: "" as kernel and scales under their own names, or a key of
+            `checkpoint.packed.LAYOUTS`.
+        block: outputs that share a scale there, in the blocks of some fp8 checkpoints; 0: none do.
     """
 
     name: str
     roles: tuple[str, ...]
     fine: tuple[str, ...] = ()
+    group: int = 0
+    zeros: bool = False
+    layout: str = ""
+    block: int = 0
 
     @property
-    def digits(self) -> dict[str, int]:
-        """Role -> digits of its activations."""
-        return {role: 2 if role in self.fine else 1 for role in self.roles}
+    def schemes(self) -> dict[str, Scheme]:
+        """Role -> how its kernels are computed."""
+        return {role: self._scheme(role) for role in self.roles}
+
+    def _scheme(self, role: str) -> Scheme:
+        if self.name == "int8" or role in TABLES:
+            return Scheme("int8", digits=2 if role in self.fine else 1)
+        return Scheme(self.name, group=self.group, zeros=self.zeros)
+
+    @property
+    def ffn_unit(self) -> int:
+        """What a device's part of an MLP must be a multiple of."""
+        return math.gcd(self.group, GROUP_UNIT) if self.group and "down" in self.roles else 1
 
 
 #: What `EngineConfig.quantization` stands for. Which kernels take part was decided by measurement:
 #: docs/quantization.md.
 QUANTIZATIONS = {
-    "int8": Quantization(
-        "int8", (*LINEAR, "embedding", "unembed"), fine=("qkv", "gate_up", "down", "embedding", "unembed")
-    )
+    "int8": Quantization("int8", (*LINEAR, *TABLES), fine=("qkv", "gate_up", "down", *TABLES)),
+    "int4": Quantization("int4", (*LINEAR, *TABLES), fine=TABLES, group=128),
+    "fp8": Quantization("fp8", (*LINEAR, *TABLES), fine=TABLES),
 }
-
-#: Of the snapshots of this package; the format of others is read from what they say.
-OWN_METHOD = "ryzanstein_jax"
-
-
-def quantization_config(quantization: Quantization) -> dict[str, object]:
-    """What `config.json` of a snapshot says of its weights."""
-    return {
-        "quant_method": OWN_METHOD, "name": quantization.name, "roles": list(quantization.roles),
-        "fine": list(quantization.fine),
-    }  # fmt: skip
-
-
-def resolve_quantization(name: str | None, stated: object) -> Quantization | None:
-    """How a model is computed.
-
-    Args:
-        name: that was asked for, of `QUANTIZATIONS`, or None: as the checkpoint is.
-        stated: its `quantization_config`, or None.
-
-    Raises:
-        UnsupportedModelError: its weights are something else than what is read here.
-    """
-    found = None if stated is None else _of_checkpoint(stated)
-    return QUANTIZATIONS[name] if name is not None else found
-
-
-def _of_checkpoint(value: object) -> Quantization:
-    if isinstance(value, Mapping) and value.get("quant_method") == OWN_METHOD:
-        known = QUANTIZATIONS.get(str(value.get("name")))
-        roles, fine = value.get("roles"), value.get("fine")
-        if (
-            known is not None
-            and isinstance(roles, list)
-            and isinstance(fine, list)
-            and (set(map(str, fine)) <= set(map(str, roles)) <= set(known.roles))
-        ):
-            return Quantization(known.name, tuple(map(str, roles)), tuple(map(str, fine)))
-    elif isinstance(value, Mapping) and value.get("quant_method") == "compressed-tensors":
-        return _compressed_tensors(value)
-    raise _unsupported(value)
-
-
-def _compressed_tensors(value: Mapping[str, Any]) -> Quantization:
-    """W8A8 as llm-compressor writes it: every linear layer but the output projection, or that one too."""
-    groups, ignored = value.get("config_groups"), value.get("ignore") or []
-    if value.get("format") not in ("int-quantized", None) or not isinstance(groups, Mapping) or len(groups) != 1:
-        raise _unsupported(value)
-    (group,) = groups.values()
-    if not isinstance(group, Mapping) or group.get("targets") != ["Linear"] or not isinstance(ignored, list):
-        raise _unsupported(value)
-    weights, inputs = group.get("weights"), group.get("input_activations")
-    rest = ("output_activations",)
-    if (
-        not _is_int8(weights, strategy="channel", dynamic=False)
-        or not _is_int8(inputs, strategy="token", dynamic=True)
-        or any(group.get(name) is not None for name in rest)
-        or value.get("kv_cache_scheme") is not None
-        or not set(map(str, ignored)) <= {"lm_head"}
-    ):
-        raise _unsupported(value)
-    return Quantization("int8", LINEAR if "lm_head" in ignored else (*LINEAR, "unembed"))
-
-
-def _is_int8(scheme: object, *, strategy: str, dynamic: bool) -> bool:
-    wanted = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": strategy, "dynamic": dynamic}
-    return isinstance(scheme, Mapping) and all(scheme.get(name) == wish for name, wish in wanted.items())
-
-
-def _unsupported(value: object) -> UnsupportedModelError:
-    text = repr(value)
-    return UnsupportedModelError(
-        f"config.json has quantization_config={text if len(text) <= 80 else text[:77] + '...'}: this kind of quantized "
-        "checkpoint is not read. Known: compressed-tensors int-quantized (8-bit channel weights, dynamic 8-bit token "
-        'activations). Take the model in float32, bfloat16 or float16, and quantization="int8" if you like'
-    )

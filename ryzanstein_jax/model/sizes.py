@@ -86,14 +86,15 @@ class PaddedSizes:
         if sharding == "output" and spec.quantization is not None:
             raise ConfigError("sharding", sharding, "a quantized model takes megatron or sequence")
 
-        def pad(size: int) -> int:
-            return -(-size // width) * width
+        def pad(size: int, unit: int = 1) -> int:
+            return -(-size // (width * unit)) * width * unit
 
         return cls(
             width=width,
             heads=HeadLayout.of(spec.num_heads, spec.num_kv_heads, width),
             vocab=pad(spec.vocab_size),
-            ffn=pad(spec.intermediate_size),
+            # Each device's part of a kernel whose inputs are in groups must hold whole ones, or equal parts of them.
+            ffn=pad(spec.intermediate_size, spec.quantization.ffn_unit if spec.quantization else 1),
             experts=pad(spec.moe.num_experts) if spec.moe else 0,
             sharding=sharding,
         )

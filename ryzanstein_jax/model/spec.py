@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ryzanstein_jax.model.quantization import Quantization
+from ryzanstein_jax.model.quantization import Quantization, Scheme
 
 
 @dataclass(frozen=True)
@@ -87,9 +87,9 @@ class ModelSpec:
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
 
     @property
-    def digits(self) -> dict[str, int]:
-        """Role of each quantized kernel -> int8 digits of its activations; see `Quantization`."""
-        return self.quantization.digits if self.quantization is not None else {}
+    def schemes(self) -> dict[str, Scheme]:
+        """Role of each quantized kernel -> how it is computed."""
+        return self.quantization.schemes if self.quantization is not None else {}
 
     def num_parameters(self) -> int:
         """Parameters of the model itself, without the padding that sharding may add, and without scales."""
@@ -109,9 +109,11 @@ class ModelSpec:
     def count_bytes(self, itemsize: int, *, vocab: int, query_heads: int, kv_heads: int, ffn: int, experts: int) -> int:
         """Bytes of those parameters with the scales of the quantized ones; the others take `itemsize` bytes each."""
         sizes = dict(vocab=vocab, query_heads=query_heads, kv_heads=kv_heads, ffn=ffn, experts=experts)
-        total = itemsize * self._count_others(**sizes)
+        total, schemes = itemsize * self._count_others(**sizes), self.schemes
         for role, outputs, inputs in self.kernels(**sizes):
-            total += outputs * (inputs + 4) if role in self.digits else itemsize * outputs * inputs
+            last = self.head_dim if role == "out" else inputs
+            scheme = schemes.get(role)
+            total += scheme.kernel_bytes(outputs, inputs, last) if scheme else itemsize * outputs * inputs
         return total
 
     def kernels(

@@ -13,7 +13,7 @@ from ryzanstein_jax.checkpoint.assemble import load_params
 from ryzanstein_jax.checkpoint.dummy import dummy_params
 from ryzanstein_jax.checkpoint.gguf import GgufSource
 from ryzanstein_jax.checkpoint.layout import layout_of
-from ryzanstein_jax.checkpoint.quantize import QuantizingSource
+from ryzanstein_jax.checkpoint.quantize import QuantizingSource, Rounding
 from ryzanstein_jax.checkpoint.safetensors import SafetensorsSource
 from ryzanstein_jax.checkpoint.snapshot import SnapshotSource
 from ryzanstein_jax.checkpoint.snapshot_writer import save_snapshot
@@ -99,7 +99,9 @@ def test_a_snapshot_of_floats_is_quantized_like_its_source(single, tmp_path):
 def test_a_kept_copy_has_the_same_values(tmp_path):
     file = make(tmp_path / "a.gguf")
     source, int8 = GgufSource(file), QUANTIZATIONS["int8"]
-    quantizing = QuantizingSource(source, {"model.embed_tokens.weight": 1, "model.layers.0.self_attn.q_proj.weight": 1})
+    quantizing = QuantizingSource(source, {
+            name: Rounding("int8") for name in ("model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight")
+        })
     copy = converted(file, quantization=int8)
     assert copy.pays(quantizing) and copy.write(quantizing)
     assert converted(file).open() is None, "floats have another copy"
