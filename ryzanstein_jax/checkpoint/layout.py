@@ -32,6 +32,7 @@ class Layout:
             index of its head among those of `canonical`, or -1 where the place is padding.
         repeats: how often each canonical value stands along the last dimension: a group's scale, where a device's part
             of the inputs does not hold whole groups.
+        kept: of the places that are made so, those that are of inputs; the rest is padding.
     """
 
     shape: tuple[int, ...]
@@ -39,6 +40,7 @@ class Layout:
     axis: int | None = None
     cells: np.ndarray | None = None
     repeats: int = 1
+    kept: int | None = None
 
     @cached_property
     def trivial(self) -> bool:
@@ -53,7 +55,7 @@ class Layout:
             return canonical
         if self.axis is None or self.cells is None:
             if self.repeats > 1:
-                canonical = jnp.repeat(canonical, self.repeats, axis=-1)[..., : self.shape[-1]]
+                canonical = jnp.repeat(canonical, self.repeats, axis=-1)[..., : self.kept]
             return jnp.pad(canonical, [(0, size - real) for size, real in zip(self.shape, canonical.shape, strict=True)])
         flat = _merge(canonical, self.axis, self.cells.ndim)
         places = jnp.asarray(self.cells.ravel())
@@ -100,9 +102,9 @@ def layout_of(path: str, param: ParamSpec, spec: ModelSpec, sizes: PaddedSizes) 
         "kv_slots": spec.num_kv_heads,
     }
     if axes[-1] == "ffn_groups" and spec.quantization is not None:
-        group = spec.quantization.group
-        canonical = (*param.shape[:-1], -(-spec.intermediate_size // group))
-        return Layout(param.shape, canonical, repeats=group // (sizes.ffn // param.shape[-1]))
+        inputs, group, held = spec.intermediate_size, spec.quantization.group, sizes.ffn // param.shape[-1]
+        canonical = (*param.shape[:-1], -(-inputs // group))
+        return Layout(param.shape, canonical, repeats=group // held, kept=-(-inputs // held))
     if "kv_slots" not in axes:
         canonical = tuple(real.get(axis or "", size) for axis, size in zip(axes, param.shape, strict=True))
         if any(have < need for have, need in zip(param.shape, canonical, strict=True)):

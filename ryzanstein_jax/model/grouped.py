@@ -49,19 +49,22 @@ def product(x_TI: jax.Array, kernel_OI: jax.Array, scale: jax.Array, zero: jax.A
         q_OI = _less_zero(kernel_OI.astype(x_TI.dtype), zero)
         return with_two_rows(_dot, x_TI, q_OI) * scale
 
-    def whole(x_TI: jax.Array, kernel_OI: jax.Array) -> jax.Array:
-        return with_two_rows(_dot, x_TI, dequantized(kernel_OI, scale, zero, x_TI.dtype))
-
-    def by_groups(x_TI: jax.Array, kernel_OI: jax.Array) -> jax.Array:
-        outputs, groups = scale.shape
-        q_OGI = _less_zero(kernel_OI.astype(x_TI.dtype).reshape(outputs, groups, -1), zero)
-        x_TGI = x_TI.reshape(x_TI.shape[0], groups, -1)
-        sums_GTO = jnp.einsum("tgi,ogi->gto", x_TGI, q_OGI, preferred_element_type=jnp.float32)
-        return jnp.einsum("gto,og->to", sums_GTO, scale)
-
     if x_TI.shape[0] > _FEW_TOKENS:
-        return whole(x_TI, kernel_OI)
-    return jax.lax.platform_dependent(x_TI, kernel_OI, cuda=by_groups, default=whole)
+        return _whole(x_TI, kernel_OI, scale, zero)
+    return jax.lax.platform_dependent(x_TI, kernel_OI, scale, zero, cuda=by_groups, default=_whole)
+
+
+def by_groups(x_TI: jax.Array, kernel_OI: jax.Array, scale_OG: jax.Array, zero_OG: jax.Array | None) -> jax.Array:
+    """The same with the sum of each group scaled, float32 [T, O]."""
+    outputs, groups = scale_OG.shape
+    q_OGI = _less_zero(kernel_OI.astype(x_TI.dtype).reshape(outputs, groups, -1), zero_OG)
+    x_TGI = x_TI.reshape(x_TI.shape[0], groups, -1)
+    sums_GTO = jnp.einsum("tgi,ogi->gto", x_TGI, q_OGI, preferred_element_type=jnp.float32)
+    return jnp.sum(sums_GTO * scale_OG.T[:, None], axis=0)
+
+
+def _whole(x_TI: jax.Array, kernel_OI: jax.Array, scale_OG: jax.Array, zero_OG: jax.Array | None) -> jax.Array:
+    return with_two_rows(_dot, x_TI, dequantized(kernel_OI, scale_OG, zero_OG, x_TI.dtype))
 
 
 def _less_zero(q: jax.Array, zero: jax.Array | None) -> jax.Array:
