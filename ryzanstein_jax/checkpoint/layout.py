@@ -56,7 +56,9 @@ class Layout:
         if self.axis is None or self.cells is None:
             if self.repeats > 1:
                 canonical = jnp.repeat(canonical, self.repeats, axis=-1)[..., : self.kept]
-            return jnp.pad(canonical, [(0, size - real) for size, real in zip(self.shape, canonical.shape, strict=True)])
+            return jnp.pad(
+                canonical, [(0, size - real) for size, real in zip(self.shape, canonical.shape, strict=True)]
+            )
         flat = _merge(canonical, self.axis, self.cells.ndim)
         places = jnp.asarray(self.cells.ravel())
         taken = jnp.take(flat, jnp.maximum(places, 0), axis=self.axis)

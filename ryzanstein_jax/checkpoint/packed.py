@@ -130,7 +130,9 @@ class _Module:
         """The name of a tensor of this module, which must be there with this shape and one of these dtypes."""
         name = self.base + suffix
         if not self.has(suffix):
-            raise WeightsError("the checkpoint lacks a tensor of a quantized module", file=self.source.path, tensor=name)
+            raise WeightsError(
+                "the checkpoint lacks a tensor of a quantized module", file=self.source.path, tensor=name
+            )
         info = self.source.info(name)
         if info.dtype not in dtypes or (shape is not None and info.shape != shape):
             wanted = f"{shape or 'any shape'} of {' or '.join(dtype.name for dtype in dtypes)}"
@@ -268,13 +270,14 @@ class _Fp8(_Module):
     def open(self) -> None:
         self.dtype = FP8
         self.kernel = self.use(_WEIGHT, None, FP8)
-        outputs, inputs = self.shape = self.two_dimensions(self.kernel)
+        self.shape = self.two_dimensions(self.kernel)
+        outputs = self.shape[0]
         self.scale = self.use(".weight_scale_inv" if self.has(".weight_scale_inv") else ".weight_scale", None, *FLOATS)
         self.used |= {self.base + suffix for suffix in (".input_scale", ".activation_scale") if self.has(suffix)}
         block, found = self.quantization.block, self.source.info(self.scale).shape
-        wanted = ((), (1,), (1, 1), (outputs,), (outputs, 1))
+        wanted: list[tuple[int, ...]] = [(), (1,), (1, 1), (outputs,), (outputs, 1)]
         if block:
-            wanted = ((-(-outputs // block), self.groups),)
+            wanted = [(-(-outputs // block), self.groups)]
         if found not in wanted:
             self.wrong(self.scale, "a tensor of a quantized module is not what its layout says", wanted)
 

@@ -347,7 +347,7 @@ def _of_groups(part: Part, kernel: _Kernel, group: int) -> Iterator[tuple[Box, B
 
     A group of the device lies in one of the tensor's, whose scale it takes; several may lie in the same.
     """
-    (start, stop), (first, last) = part.target[-1], part.box[-1]
+    (start, stop), first = part.target[-1], part.box[-1][0]
     taken = [
         (place // kernel.held, (first + place - start) // group)
         for place in range(start // kernel.held * kernel.held, stop, kernel.held)

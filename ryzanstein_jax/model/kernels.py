@@ -29,8 +29,8 @@ def kernel_params(
     """A kernel, and where it is quantized the float32 scales and, if its scheme has them, int8 zero points.
 
     Outputs are all dimensions but the last `num_inputs`. Scales are of outputs, or of groups along the last dimension
-    too, which then is the kernel's last axis with `_groups` appended. Their path is the kernel's with `_scale` appended,
-    that of zero points with `_zero`: loading goes by that.
+    too, which then is the kernel's last axis with `_groups` appended. Their path is the kernel's with `_scale`
+    appended, that of zero points with `_zero`: loading goes by that.
 
     Args:
         width: devices that the last dimension is cut for; 1 where it is not.

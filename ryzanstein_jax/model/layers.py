@@ -348,11 +348,11 @@ class MoeMlp(nnx.Module):
 
     def _gate_up(self, x_TD: jax.Array) -> jax.Array:
         e, _, f, d = self.gate_up.shape
-        kernel, scale, zero = (
-            None if one is None else one[...] for one in (self.gate_up, self.gate_up_scale, self.gate_up_zero)
+        scale, zero = (
+            None if one is None else one[...].reshape(e, 2 * f, *one.shape[3:])
+            for one in (self.gate_up_scale, self.gate_up_zero)
         )
-        scale, zero = (None if one is None else one.reshape(e, 2 * f, *one.shape[3:]) for one in (scale, zero))
-        y_ETX = experts_product(x_TD, kernel.reshape(e, 2 * f, d), scale, zero, self.schemes[0])
+        y_ETX = experts_product(x_TD, self.gate_up[...].reshape(e, 2 * f, d), scale, zero, self.schemes[0])
         return y_ETX.reshape(e, -1, 2, f)
 
     def _down(self, z_ETF: jax.Array) -> jax.Array:

@@ -19,7 +19,7 @@ OWN_METHOD = "ryzanstein_jax"
 
 _KNOWN = (
     "compressed-tensors int-quantized (8-bit channel weights, dynamic 8-bit token activations), pack-quantized (4-bit) "
-    "and float-quantized (fp8), AWQ (gemm, 4-bit), GPTQ (4-bit, without desc_act) and fp8 (per tensor, channel or block)"
+    "and float-quantized (fp8), AWQ (gemm, 4-bit), GPTQ (4-bit, no desc_act) and fp8 (per tensor, channel or block)"
 )
 #: Modules that are never quantized here, so that it does not matter whether a checkpoint leaves them out.
 _NEVER = re.compile(
@@ -29,11 +29,12 @@ _NEVER = re.compile(
 _OTHER_MODALITIES = re.compile(r"(model\.)?(vision_tower|vision_model|visual|multi_modal_projector|audio_tower)\b")
 #: How a checkpoint was made, or is to be run elsewhere; nothing of it changes what the stored values mean.
 _CALIBRATION = (
-    "damp_percent damp_auto_increment true_sequential static_groups model_name_or_path model_file_base_name meta mse "
-    "dataset tokenizer batch_size pad_token_id max_input_length model_seqlen block_name_to_quantize act_group_aware "
-    "module_name_preceding_first_block cache_block_outputs backend use_exllama exllama_config use_cuda_fp16 "
-    "disable_exllama do_fuse modules_to_fuse fuse_max_seq_len quantizer version_of_quantizer"
-).split()
+    "damp_percent", "damp_auto_increment", "true_sequential", "static_groups", "model_name_or_path", "meta", "mse",
+    "model_file_base_name", "dataset", "tokenizer", "batch_size", "pad_token_id", "max_input_length", "model_seqlen",
+    "block_name_to_quantize", "act_group_aware", "module_name_preceding_first_block", "cache_block_outputs", "backend",
+    "use_exllama", "exllama_config", "use_cuda_fp16", "disable_exllama", "do_fuse", "modules_to_fuse",
+    "fuse_max_seq_len",
+)  # fmt: skip
 
 
 def quantization_config(quantization: Quantization) -> dict[str, object]:
@@ -61,8 +62,8 @@ def resolve_quantization(name: str | None, stated: object) -> Quantization | Non
         return found
     if name != found.name:
         raise UnsupportedModelError(
-            f"quantization={name!r} does not go with this checkpoint, whose weights are {found.name} already; leave the "
-            "setting out, or take the model in floats"
+            f"quantization={name!r} does not go with this checkpoint, whose weights are {found.name} already; leave "
+            "the setting out, or take the model in floats"
         )
     wanted = QUANTIZATIONS[name]
     if found.layout or found.name != "int8":
@@ -124,11 +125,11 @@ def _own(stated: _Stated) -> Quantization:
     roles, fine = stated.take("roles"), stated.take("fine")
     group, zeros = stated.take("group", default=0), stated.take("zeros", default=False)
     stated.done(("quant_method",))
-    right = known is not None and isinstance(roles, list) and isinstance(fine, list) and isinstance(zeros, bool)
-    if not right or not set(map(str, fine)) <= set(map(str, roles)) <= set(known.roles):
+    right = isinstance(roles, list) and isinstance(fine, list) and isinstance(zeros, bool)
+    if known is None or not right or not set(map(str, fine)) <= set(map(str, roles)) <= set(known.roles):
         stated.refuse()
     stated.whole_number("group", group, 0)
-    if known.name == "int8" and (group or zeros) or (known.name == "fp8" and zeros):
+    if (known.name == "int8" and (group or zeros)) or (known.name == "fp8" and zeros):
         stated.refuse(f"group={group!r}")
     return Quantization(known.name, tuple(map(str, roles)), tuple(map(str, fine)), group, zeros)
 

@@ -237,6 +237,7 @@ def changed(**changes):
     def change(tensors):
         for suffix, value in changes.items():
             tensors[BASE_NAME + suffix] = value
+
     return change  # fmt: skip
 
 

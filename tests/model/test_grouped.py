@@ -18,7 +18,11 @@ def made(groups, zeros, dtype=ml_dtypes.int4, outputs=24, inputs=48):
     shape = (outputs, groups) if groups else (outputs,)
     scale = rng.uniform(-2, 2, shape).astype(np.float32)
     zero = rng.integers(-8, 9, shape).astype(np.int8) if zeros else None
-    wide = [np.repeat(one.reshape(outputs, -1), inputs // max(groups, 1), axis=1) for one in (scale, zero) if one is not None]
+    wide = [
+        np.repeat(one.reshape(outputs, -1), inputs // max(groups, 1), axis=1)
+        for one in (scale, zero)
+        if one is not None
+    ]
     values = kernel.astype(np.float64)
     return kernel, scale, zero, (values - wide[1] if zeros else values) * wide[0]
 
