@@ -23,7 +23,7 @@ OURS, THEIRS = "ryzanstein_jax", "transformers"
 MODULES = {OURS: "bench.our_worker", THEIRS: "bench.hf_worker"}
 
 #: Logits this close are a tie that either side may break its own way: sums in another order differ that much.
-TIE = {"float32": 5e-3, "bfloat16": 1.0, "float16": 0.2, "int8": 3.0}
+TIE = {"float32": 5e-3, "bfloat16": 1.0, "float16": 0.2, "int8": 3.0, "int4": 20.0, "fp8": 6.0}
 
 
 @dataclass(frozen=True)

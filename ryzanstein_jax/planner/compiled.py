@@ -126,7 +126,7 @@ def expected(spec: ModelSpec, job: Job) -> Expected:
     itemsize = 4 if job.dtype == "float32" else 2
     sizes = PaddedSizes.of(spec, job.width)
     step = Step(decodes=job.decodes, context=job.context, prefill=job.prefill)
-    weights = sizes.parameters_per_device(spec) * itemsize
+    weights = sizes.weight_bytes_per_device(spec, itemsize)
     cache = job.num_pages * sizes.page_bytes(spec, job.page_size, itemsize)
     logits = 4 * job.rows * sizes.vocab // job.width
     spare = temporaries(spec, sizes, job.decodes, job.prefill, itemsize)

@@ -110,7 +110,7 @@ def memory_use(
     sizes = PaddedSizes.of(spec, width)
     held = batch * pages(setting.context, setting.page_size) + 1  # page 0 is scratch
     return MemoryUse(
-        weights=sizes.parameters_per_device(spec) * itemsize,
+        weights=sizes.weight_bytes_per_device(spec, itemsize),
         kv_cache=held * sizes.page_bytes(spec, setting.page_size, itemsize),
         temporaries=temporaries(spec, sizes, batch, min(setting.max_num_batched_tokens, setting.context), itemsize),
         logits=4 * batch * sizes.vocab * 4,

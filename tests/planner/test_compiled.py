@@ -9,6 +9,9 @@ from rich.console import Console
 
 from ryzanstein_jax.errors import ConfigError
 from ryzanstein_jax.model.families import spec_from_config
+from ryzanstein_jax.model.quantization import QUANTIZATIONS
+from ryzanstein_jax.model.quantized_checkpoints import quantization_config
+from ryzanstein_jax.model.sizes import PaddedSizes
 from ryzanstein_jax.planner.compiled import CompileError, compile_jobs, engine_jobs, expected
 from ryzanstein_jax.planner.devices import DEVICES
 from ryzanstein_jax.planner.gpu_targets import TARGETS, target_config
@@ -92,3 +95,18 @@ def test_a_missing_compiler_is_named(monkeypatch):
         monkeypatch.delitem(sys.modules, name)
     with pytest.raises(ConfigError, match=r"ryzanstein-jax\[plan\]"):
         compile_jobs(CONFIG, engine_jobs("h100", 1, 1, context=64, prefill=64))
+
+
+@pytest.mark.parametrize("name", QUANTIZATIONS)
+def test_quantized_programs_hold_quantized_weights(name):
+    """4 bits lie in pairs on the device, and no kernel is written out in another precision to decode a token."""
+    config = CONFIG | {"quantization_config": quantization_config(QUANTIZATIONS[name])}
+    spec, (job, _) = spec_from_config(config), engine_jobs("h100", 2, 4, context=8192, prefill=512)
+    (found,) = compile_jobs(config, [job])
+    planned = expected(spec, job)
+    sizes = PaddedSizes.of(spec, 2)
+    weights, floats = sizes.weight_bytes_per_device(spec, 2), sizes.parameters_per_device(spec) * 2
+    assert found.arguments - found.cache == pytest.approx(weights, rel=0.01)
+    assert weights < {"int8": 0.52, "int4": 0.45, "fp8": 0.52}[name] * floats
+    assert same_collectives(found, planned) and found.cache_in_place
+    assert found.temporaries < 14336 // 2 * 4096 * 2, "less than the smallest of an MLP's kernels in bfloat16"
