@@ -138,7 +138,10 @@ def _compressed_tensors(stated: _Stated) -> Quantization:
     """As llm-compressor writes it: every linear layer alike; of int8 the output projection may be one of them."""
     form, groups = stated.take("format"), stated.take("config_groups")
     ignored = _ignored(stated, "ignore")
-    stated.expect({"kv_cache_scheme": (None,), "sparsity_config": (None, {}), "transform_config": (None, {})})
+    none = (None, {})
+    stated.expect(
+        {"kv_cache_scheme": (None,), "sparsity_config": none, "transform_config": none, "moe_sparsity_config": none}
+    )
     stated.done(("quant_method", "quantization_status", "global_compression_ratio", "version"))
     if not isinstance(groups, Mapping) or len(groups) != 1:
         stated.refuse("config_groups")

@@ -83,7 +83,7 @@ def compressed(weights, inputs, form):
     return {
         "quant_method": "compressed-tensors", "format": form, "config_groups": {"group_0": group},
         "ignore": ["lm_head"], "kv_cache_scheme": None, "quantization_status": "compressed", "version": "0.20.0",
-        "global_compression_ratio": None, "sparsity_config": {}, "transform_config": {},
+        "global_compression_ratio": None, "moe_sparsity_config": None, "sparsity_config": {}, "transform_config": {},
     }  # fmt: skip
 
 
