@@ -32,6 +32,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--quantization", help="of this package's side, such as int8")
     group.addoption("--hf-dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of transformers")
     group.addoption("--runs", type=int, default=3, help="measured repetitions")
+    group.addoption("--windows", type=int, default=24, help="quality: windows of 512 tokens")
     group.addoption("--hf-python", help="one with torch and transformers; default: this, if it has them; '': none")
     group.addoption("--json", type=Path, default=ROOT / "bench" / "results", help="folder of the results")
     group.addoption("--compare", type=Path, help="scaling: folder of the earlier results; default: that of --json")

@@ -28,7 +28,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def test_quality(bench: Bench, request: pytest.FixtureRequest) -> None:
     """Python's own reference, which every Python brings: windows spread evenly over some 100,000 tokens of English."""
     smoke = request.config.getoption("--smoke")
-    count, length = (1, 16) if smoke else (24, 512)
+    count, length = (1, 16) if smoke else (request.config.getoption("--windows"), 512)
     topics = pydoc_data.topics.topics
     text = "\n\n".join(topics[name] for name in sorted(topics))
     found: dict[str, dict[str, Any]] = {}

@@ -37,7 +37,7 @@ class EngineConfig:
         dtype: of weights, activations and KV cache. "auto" is the checkpoint's on an accelerator
             and float32 on a CPU, where it is the fastest.
         quantization: "int8" computes the linear layers with int8 weights (a scale for each output channel) and int8
-            activations (one for each token, found as they come); "int4" with 4-bit weights in groups of up to 128
+            activations (one for each token, found as they come); "int4" with 4-bit weights in groups of up to 32
             inputs, "fp8" with float8 weights and, on GPUs, activations. Float weights are quantized while they are
             loaded.
             None computes a checkpoint as it is.

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 
 from ryzanstein_jax.model.int8 import with_two_rows
 
-#: Tokens up to which a GPU sums each group by itself. XLA would write the scales out to the size of the kernel for few
-#: rows, in whose product it cuts the inputs into parts; the sums of the groups are less to write than that.
-_FEW_TOKENS = 16
+#: Inputs of a group for each token up to which a GPU sums each group by itself. For few rows XLA cuts the inputs of a
+#: product into parts and writes the scales out to the size of the kernel; the sums of the groups are less to write.
+_INPUTS_FOR_A_TOKEN = 4
 
 
 def dequantized(kernel: jax.Array, scale: jax.Array, zero: jax.Array | None, dtype: jnp.dtype) -> jax.Array:
@@ -49,7 +49,7 @@ def product(x_TI: jax.Array, kernel_OI: jax.Array, scale: jax.Array, zero: jax.A
         q_OI = _less_zero(kernel_OI.astype(x_TI.dtype), zero)
         return with_two_rows(_dot, x_TI, q_OI) * scale
 
-    if x_TI.shape[0] > _FEW_TOKENS:
+    if x_TI.shape[0] * scale.shape[1] * _INPUTS_FOR_A_TOKEN > x_TI.shape[1]:
         return _whole(x_TI, kernel_OI, scale, zero)
     return jax.lax.platform_dependent(x_TI, kernel_OI, scale, zero, cuda=by_groups, default=_whole)
 

@@ -104,6 +104,6 @@ class Quantization:
 #: docs/quantization.md.
 QUANTIZATIONS = {
     "int8": Quantization("int8", (*LINEAR, *TABLES), fine=("qkv", "gate_up", "down", *TABLES)),
-    "int4": Quantization("int4", (*LINEAR, *TABLES), fine=TABLES, group=128),
+    "int4": Quantization("int4", (*LINEAR, *TABLES), fine=TABLES, group=32),
     "fp8": Quantization("fp8", (*LINEAR, *TABLES), fine=TABLES),
 }
