@@ -119,7 +119,7 @@ def test_each_group_has_a_scale_of_its_own(kind):
             if "int4" in kind:
                 largest = np.abs(part).max(axis=1)
                 np.testing.assert_allclose(np.abs(step[:, 0]), largest / 8, rtol=1e-6)
-                assert (held.min(axis=1) == -8).all() and 5 < held.max() <= 7
+                assert (held.min(axis=1) == -8).all()
                 # The largest value is met exactly; only one of the same size and the other sign is cut.
                 assert (np.abs(held * step - part) <= np.abs(step) * 1.0001).all()
                 assert np.mean(np.abs(held * step - part) <= np.abs(step) * 0.5001) > 0.9
