@@ -22,8 +22,9 @@ Figures = dict[str, float]
 OURS, THEIRS = "ryzanstein_jax", "transformers"
 MODULES = {OURS: "bench.our_worker", THEIRS: "bench.hf_worker"}
 
-#: Logits this close are a tie that either side may break its own way: sums in another order differ that much.
-TIE = {"float32": 5e-3, "bfloat16": 1.0, "float16": 0.2, "int8": 3.0, "int4": 20.0, "fp8": 6.0}
+#: Logits this close are a tie that either side may break its own way: sums in another order differ that much, and
+#: fewer bits more; bfloat16 beside float32 was seen to be 1.2 apart. What they cost in quality is `test_quality`'s.
+TIE = {"float32": 5e-3, "bfloat16": 2.0, "float16": 0.2, "int8": 3.0, "int4": 20.0, "fp8": 6.0}
 
 
 @dataclass(frozen=True)
