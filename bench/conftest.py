@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ from rich.console import Console
 from bench.export import export_hf_folder
 from bench.harness import MODULES, OURS, SMOKE, THEIRS, Bench, Side, Sizes
 from bench.protocol import ROOT, Worker
+from bench.scaling_calibration import Calibrated, calibrate
+from ryzanstein_jax.planner.calibration import Calibration
 
 _bench = pytest.StashKey[Bench]()
 
@@ -83,6 +86,18 @@ def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
         )
         request.config.stash[_bench] = bench
         yield bench
+
+
+@pytest.fixture(scope="session")
+def calibrated(request: pytest.FixtureRequest) -> Calibrated:
+    """A core, calibrated while as many others are; once a run, and not at all for tiny sizes, which it outlasts."""
+    option = request.config.getoption
+
+    @cache
+    def of(width: int) -> tuple[Calibration, float] | None:
+        return None if option("--smoke") else calibrate(width, option("--dtype"))
+
+    return of
 
 
 @pytest.fixture(scope="session")

@@ -16,10 +16,13 @@ _REPEATS = 5
 
 
 def other_cpu_seconds() -> float:
-    """CPU seconds that everything but this process and its living children has used since the machine started."""
+    """CPU seconds that everything but this process and its descendants has used since the machine started.
+
+    Descendants that have ended are among them only if a parent that is one too has waited for them.
+    """
     busy = psutil.cpu_times()
     own = [psutil.Process(), *psutil.Process().children(recursive=True)]
-    ours = sum(sum(process.cpu_times()[:2]) for process in own)
+    ours = sum(sum(process.cpu_times()[:4]) for process in own)
     return busy.user + busy.nice + busy.system + getattr(busy, "steal", 0.0) - ours
 
 

@@ -1,4 +1,4 @@
-"""Strong scaling: the same work on more devices, one core each, in turns; what of it is communication; predictions."""
+"""The same work on groups of devices, one core each, in turns; and what of it is communication."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeVar
 
 import psutil
 
@@ -18,12 +18,11 @@ from bench.harness import WrongResult, draw
 from bench.machine import num_cores, other_cpu_seconds
 from bench.protocol import Worker
 from ryzanstein_jax.collectives.job import Job, run_job
-from ryzanstein_jax.model.spec import ModelSpec
-from ryzanstein_jax.planner import Step, predict
-from ryzanstein_jax.planner.calibration import Calibration, Measured
-from ryzanstein_jax.planner.devices import Device
 
+T = TypeVar("T")
 Steps = list[dict[str, Any]]
+#: What a group is called: its width, or what else it differs in.
+Key = int | str
 
 #: What `ryzanstein_jax.collectives` calls the collectives of a compiled program that it has another name for.
 _OPERATIONS = {"collective-permute": "send-recv"}
@@ -82,10 +81,16 @@ def cores(chosen: Sequence[int]) -> Iterator[None]:
 
 
 class Group:
-    """One width: an engine on as many cores as it has devices, whose processes stand still unless it is its turn."""
+    """An engine on as many cores as it has devices, whose processes stand still unless it is its turn.
 
-    def __init__(self, width: int, settings: Mapping[str, Any]):
-        self.width = width
+    Args:
+        width: devices.
+        settings: of the engine.
+        key: what it is called in `Rounds`; None: its width.
+    """
+
+    def __init__(self, width: int, settings: Mapping[str, Any], key: Key | None = None):
+        self.width, self.key = width, width if key is None else key
         with cores(range(width)):
             self._worker = Worker(sys.executable, "bench.scaling_worker")
         try:
@@ -123,117 +128,142 @@ class Group:
 
 
 @contextmanager
-def groups(widths: Sequence[int], settings: Mapping[str, Any]) -> Iterator[list[Group]]:
-    """A group of each width."""
+def groups(chosen: Sequence[tuple[Key, int, Mapping[str, Any]]]) -> Iterator[list[Group]]:
+    """A group for each key, width and settings."""
     with ExitStack() as stack:
         made = []
-        for width in widths:
-            made.append(stack.enter_context(closing(Group(width, settings))))
+        for key, width, settings in chosen:
+            made.append(stack.enter_context(closing(Group(width, settings, key))))
             made[-1].sleep()
         yield made
 
 
 @dataclass
 class Rounds:
-    """What was measured: by workload and width, one entry a round.
+    """What was measured: by workload and group, one entry a round. The first group is the one to compare with.
 
     Attributes:
         steps: the counted steps of each round.
-        first_tokens, same: first tokens that were compared with those of width 1, and those that were equal.
+        first_tokens, same: first tokens that were compared with those of the first group, and those that were equal.
         disturbed: by workload, rounds in which something else took more than `_QUIET` of the processors.
         only_disturbed: workloads of which no other round was to be had, so that these are what is counted.
     """
 
-    steps: dict[str, dict[int, list[Steps]]]
+    steps: dict[str, dict[Key, list[Steps]]]
     first_tokens: int = 0
     same: int = 0
     disturbed: dict[str, int] = field(default_factory=dict)
     only_disturbed: list[str] = field(default_factory=list)
 
-    def all_steps(self, width: int) -> Steps:
-        return [step for runs in self.steps.values() for steps in runs[width] for step in steps]
+    def all_steps(self, key: Key) -> Steps:
+        return [step for runs in self.steps.values() for steps in runs[key] for step in steps]
 
-    def seconds(self, workload: str, width: int) -> list[float]:
+    def seconds(self, workload: str, key: Key) -> list[float]:
         """Mean time of a step, by round."""
-        return [statistics.fmean(step["seconds"] for step in steps) for steps in self.steps[workload][width]]
+        return [statistics.fmean(step["seconds"] for step in steps) for steps in self.steps[workload][key]]
 
-    def speedups(self, workload: str, width: int) -> list[float]:
-        """Time on one device over time at that width, by round."""
-        pairs = zip(self.seconds(workload, 1), self.seconds(workload, width), strict=True)
+    def speedups(self, workload: str, key: Key) -> list[float]:
+        """Time of the first group over that of this one, by round."""
+        first = next(iter(self.steps[workload]))
+        pairs = zip(self.seconds(workload, first), self.seconds(workload, key), strict=True)
         return [one / other for one, other in pairs]
 
 
+def quietly(run: Callable[[], T]) -> tuple[T, float]:
+    """What a measurement gives, and what share of the processors everything else took.
+
+    It is repeated while that is more than `_QUIET`, up to `_TRIES` times in all; then the quietest counts. What it
+    starts has to live on, or to have been waited for.
+    """
+    found: list[tuple[float, T]] = []
+    while len(found) < _TRIES and (not found or found[-1][0] > _QUIET):
+        began, others = time.perf_counter(), other_cpu_seconds()
+        result = run()
+        share = (other_cpu_seconds() - others) / (time.perf_counter() - began) / num_cores()
+        found.append((max(share, 0.0), result))
+    share, result = min(found, key=lambda pair: pair[0])
+    return result, share
+
+
 def measure(made: Sequence[Group], workloads: Sequence[Workload], runs: int, vocab_size: int) -> Rounds:
-    """All widths in turns on the same prompts, after a round that does not count; each round begins with another.
+    """All groups in turns on the same prompts, after a round that does not count; each round begins with another.
 
     Rounds in which something else had the processors are repeated, up to `_TRIES` times as many as `runs` in all.
 
     Raises:
-        WrongResult: a completion has another length, too many first tokens differ, or widths took other steps.
+        WrongResult: a completion has another length, too many first tokens differ, or groups took other steps.
     """
-    rounds = Rounds({workload.name: {group.width: [] for group in made} for workload in workloads})
-    disturbed: dict[str, list[dict[int, Steps]]] = {workload.name: [] for workload in workloads}
+    rounds = Rounds({workload.name: {group.key: [] for group in made} for workload in workloads})
+    reference = made[0].key
+    disturbed: dict[str, list[dict[Key, Steps]]] = {workload.name: [] for workload in workloads}
     for run in range(_TRIES * runs + 1):
         for number, workload in enumerate(workloads):
             counted = rounds.steps[workload.name]
-            if len(counted[1]) == runs:
+            if len(counted[reference]) == runs:
                 continue
             prompts = workload.prompts(vocab_size, 1000 * number + run)
             first = run % len(made)
-            tokens, taken = {}, {}
+            tokens: dict[Key, list[list[int]]] = {}
+            taken: dict[Key, Steps] = {}
             began, others = time.perf_counter(), other_cpu_seconds()
             for group in [*made[first:], *made[:first]]:
-                tokens[group.width], taken[group.width] = group.run(workload, prompts)
+                tokens[group.key], taken[group.key] = group.run(workload, prompts)
             share = (other_cpu_seconds() - others) / (time.perf_counter() - began) / num_cores()
-            _compare(workload, tokens, taken, rounds)
+            _compare(workload, reference, tokens, taken, rounds)
             if run and share > _QUIET:
                 disturbed[workload.name].append(taken)
             elif run:
-                for width, steps in taken.items():
-                    counted[width].append(steps)
+                for key, steps in taken.items():
+                    counted[key].append(steps)
     for name, found in disturbed.items():
         rounds.disturbed[name] = len(found)
-        if not rounds.steps[name][1]:  # better than nothing, and told
-            rounds.steps[name] = {group.width: [taken[group.width] for taken in found] for group in made}
+        if not rounds.steps[name][reference]:  # better than nothing, and told
+            rounds.steps[name] = {group.key: [taken[group.key] for taken in found] for group in made}
             rounds.only_disturbed.append(name)
     if rounds.same < _SAME * rounds.first_tokens:
-        raise WrongResult(f"only {rounds.same} of {rounds.first_tokens} first tokens are those of one device")
+        raise WrongResult(f"only {rounds.same} of {rounds.first_tokens} first tokens are those of {reference}")
     return rounds
 
 
 def _compare(
-    workload: Workload, tokens: Mapping[int, list[list[int]]], taken: Mapping[int, Steps], rounds: Rounds
+    workload: Workload,
+    reference: Key,
+    tokens: Mapping[Key, list[list[int]]],
+    taken: Mapping[Key, Steps],
+    rounds: Rounds,
 ) -> None:
-    asked = [(step["asked_decodes"], step["asked_prefill"]) for step in taken[1]]
-    for width, rows in tokens.items():
+    asked = [(step["asked_decodes"], step["asked_prefill"]) for step in taken[reference]]
+    for key, rows in tokens.items():
         if [len(row) for row in rows] != workload.max_tokens:
-            raise WrongResult(f"{workload.name} at {width}: completions of {[len(row) for row in rows]} tokens")
-        if [(step["asked_decodes"], step["asked_prefill"]) for step in taken[width]] != asked:
-            raise WrongResult(f"{workload.name}: other steps at width {width} than at 1")
-        if width > 1:
+            raise WrongResult(f"{workload.name} at {key}: completions of {[len(row) for row in rows]} tokens")
+        if [(step["asked_decodes"], step["asked_prefill"]) for step in taken[key]] != asked:
+            raise WrongResult(f"{workload.name}: other steps at {key} than at {reference}")
+        if key != reference:
             rounds.first_tokens += len(rows)
-            rounds.same += sum(row[0] == one[0] for row, one in zip(rows, tokens[1], strict=True))
+            rounds.same += sum(row[0] == one[0] for row, one in zip(rows, tokens[reference], strict=True))
 
 
 # --- what communication costs, and predictions
 
 
 def collective_fits(steps: Steps, width: int, dtype: str, budget: float) -> dict[str, dict[str, float]]:
-    """alpha and beta of each collective of the steps, over their range of sizes.
+    """alpha and beta of each collective of the steps, over their range of sizes; nothing at width 1.
 
-    Measured between as many processes as the group has ranks, on the same cores, one each.
+    Measured between as many processes as the group has ranks, on the same cores, one each. `cpu_share_of_others` of
+    each is what everything else took meanwhile.
     """
     sizes: dict[str, set[int]] = {}
     for step in steps:
         for kind, size, group, _ in step["collectives"]:
             sizes.setdefault(_OPERATIONS.get(kind, kind), set()).add(_buffer(kind, size, group))
-    found = {}
+    found: dict[str, dict[str, float]] = {}
     for operation, all_sizes in sizes.items():
         least = max(min(all_sizes), 4)
         most = max(*all_sizes, 4 * least)
         job = Job(width, 1, (operation,), least, most, dtype=dtype, budget=budget)
         with cores(range(width)):
-            found |= run_job(job)["fits"]
+            result, share = quietly(partial(run_job, job))
+        found[operation] = {**result["fits"][operation], "cpu_share_of_others": round(share, 3)}
     return found
 
 
@@ -250,44 +280,6 @@ def communication_seconds(steps: Steps, fits: Mapping[str, Mapping[str, float]])
 def _buffer(kind: str, size: int, group: int) -> int:
     """Bytes of the larger of a device's two buffers, by which collectives are measured."""
     return size * group if kind == "reduce-scatter" else size
-
-
-def calibrate_cores(width: int) -> Calibration:
-    """The planner's calibration of one core, while as many as the width are calibrated at the same time.
-
-    Returns:
-        The slowest core's in memory bandwidth: all devices wait for it.
-    """
-    with ExitStack() as stack:
-        workers = []
-        for core in range(width):
-            with cores([core]):
-                workers.append(stack.enter_context(closing(Worker(sys.executable, "bench.scaling_worker"))))
-        with ThreadPoolExecutor(width) as pool:
-            replies = list(pool.map(lambda worker: worker.call("calibrate"), workers))
-    made = [Calibration(**{**reply, "widths": tuple(Measured(**one) for one in reply["widths"])}) for reply in replies]
-    return min(made, key=lambda one: one.widths[0].bandwidth)
-
-
-def device_of(calibration: Calibration, width: int, fits: Mapping[str, Mapping[str, float]]) -> Device:
-    """The calibrated core as the planner's device at that width, with the all-reduce as measured between processes."""
-    reduce = fits.get("all-reduce", {"alpha": 0.0, "beta": 0.0})
-    (one,) = calibration.widths
-    one = replace(one, width=width, alpha=reduce["alpha"], beta=reduce["beta"])
-    return replace(calibration, widths=(one,)).device(width)
-
-
-def predicted(spec: ModelSpec, device: Device, steps: Steps, width: int, dtype: str) -> dict[str, float]:
-    """The planner's mean time of a step and of its communication, for programs of the sizes that ran."""
-    times = [
-        predict(
-            spec, device, Step(s["decodes"], round(s["context"]), s["prefill"], s["before"]), width=width, dtype=dtype
-        )
-        for s in steps
-    ]
-    seconds = statistics.fmean(time.total for time in times)
-    communication = statistics.fmean(time.communication for time in times)
-    return {"seconds_per_step": seconds, "communication_share": communication / seconds}
 
 
 def check_widths(widths: Sequence[int]) -> list[int]:

@@ -10,7 +10,8 @@ from typing import Any
 
 from rich.table import Table
 
-from bench.scaling import Rounds, Steps, Workload, communication_seconds, predicted
+from bench.scaling import Rounds, Steps, Workload, communication_seconds
+from bench.scaling_calibration import predicted
 from ryzanstein_jax.model.spec import ModelSpec
 from ryzanstein_jax.planner.devices import Device
 from ryzanstein_jax.planner.targets import TARGETS
@@ -25,6 +26,7 @@ _COLUMNS = {
     "speedup": ("speedup", "{:.2f}x", 1.0),
     "efficiency": ("efficiency", "{:.0%}", 1.0),
     "communication": ("communication_share", "{:.1%}", 1.0),
+    "of measured": ("of_measured", "{:.0%}", 1.0),
 }
 
 Fits = Mapping[str, Mapping[str, float]]
@@ -76,6 +78,7 @@ def entries(
             entry["target"] = targets_of(width)
         if devices:
             entry["predicted"] = predicted(spec, devices[width], steps, width, dtype)
+            entry["predicted"]["of_measured"] = entry["predicted"]["seconds_per_step"] / seconds
             if width > 1:
                 alone = found[0]["predicted"]["seconds_per_step"]
                 speedup = alone / entry["predicted"]["seconds_per_step"]

@@ -1,4 +1,4 @@
-"""One engine of the scaling benchmark, its devices in processes of their own, and the calibration of one core."""
+"""One engine of the scaling benchmark, its devices in processes of their own, and the products of one core."""
 
 from __future__ import annotations
 
@@ -80,13 +80,17 @@ class ScalingWorker(OurWorker):
             "collectives": [dataclasses.astuple(one) for name in programs for one in self._programs[name]],
         }
 
-    def calibrate(self) -> dict[str, Any]:
-        """What `ryzanstein plan --calibrate` measures of one device of this process."""
-        from ryzanstein_jax.planner.calibrate import calibrate
+    def products(self, dtype: str) -> dict[str, Any]:
+        """Bandwidth and rates of matrix products of one device of this process."""
+        import numpy as np
 
-        return dataclasses.asdict(calibrate([1]))
+        from ryzanstein_jax.planner.calibrate import products
+        from ryzanstein_jax.sharding import make_mesh
+
+        bandwidth, rates = products(make_mesh(1), np.dtype(dtype))
+        return {"bandwidth": bandwidth, "rates": rates}
 
 
 if __name__ == "__main__":
     worker = ScalingWorker()
-    serve({name: getattr(worker, name) for name in ("start", "describe", "steps_of", "calibrate")})
+    serve({name: getattr(worker, name) for name in ("start", "describe", "steps_of", "products")})

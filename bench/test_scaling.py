@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +13,9 @@ import pytest
 from bench import scaling_report as report
 from bench.harness import Bench
 from bench.machine import describe_machine
-from bench.scaling import (
-    Workload,
-    calibrate_cores,
-    check_widths,
-    collective_fits,
-    device_of,
-    groups,
-    measure,
-)
+from bench.scaling import Workload, check_widths, collective_fits, groups, measure
+from bench.scaling_calibration import Calibrated, device_of
 from ryzanstein_jax.model.families import spec_from_config
-from ryzanstein_jax.planner.calibration import Calibration
 from ryzanstein_jax.planner.shapes import config_of
 
 #: Wide, with few layers and a small vocabulary: nearly all of a prompt's time goes into large matrix products.
@@ -48,58 +39,36 @@ _SMOKE_WORKLOADS = (
 )
 
 
-@pytest.fixture(scope="module")
-def calibrated(request: pytest.FixtureRequest) -> Callable[[int], Calibration | None]:
-    """A core, calibrated while as many others are; once a run, and not at all for tiny sizes, which it outlasts."""
-    made: dict[int, Calibration] = {}
-
-    def of(width: int) -> Calibration | None:
-        if request.config.getoption("--smoke"):
-            return None
-        if width not in made:
-            made[width] = calibrate_cores(width)
-        return made[width]
-
-    return of
-
-
 @pytest.mark.parametrize("shape", ["compute_bound", "memory_bound"])
 def test_scaling(
     bench: Bench,
     shape: str,
-    calibrated: Callable[[int], Calibration | None],
+    calibrated: Calibrated,
     request: pytest.FixtureRequest,
     tmp_path: Path,
 ) -> None:
     """A wide model of random weights, and the one of `--model`: the same requests at each width of `--tp`."""
     smoke, name = request.config.getoption("--smoke"), f"scaling_{shape}"
     workloads = _SMOKE_WORKLOADS if smoke else WORKLOADS
-    dtype = bench.settings["dtype"]
     try:
         widths = check_widths(request.config.getoption("--tp"))
     except ValueError as error:
         raise pytest.UsageError(str(error)) from error
-    model, settings = bench.settings["model"], engine_settings(workloads, dtype)
-    if shape == "compute_bound":
-        (tmp_path / "config.json").write_text(json.dumps(COMPUTE_BOUND | (_TINY if smoke else {})))
-        model, settings = str(tmp_path), settings | {"load_format": "dummy"}
-    config = config_of(model)
+    dtype = bench.settings["dtype"]
+    model, settings, config = subject(shape, bench, workloads, tmp_path, smoke=smoke)
     spec, machine = spec_from_config(config), describe_machine()
 
-    with groups(widths, {"model": model, **settings}) as made:
+    with groups([(width, width, settings) for width in widths]) as made:
         rounds = measure(made, workloads, bench.runs, spec.vocab_size)
         description = made[0].description
-    fits = {
-        width: collective_fits(rounds.all_steps(width), width, dtype, 0.02 if smoke else 0.1)
-        for width in widths
-        if width > 1
-    }
-    calibrations = {width: one for width in widths if (one := calibrated(width)) is not None}
-    devices = {width: device_of(one, width, fits.get(width, {})) for width, one in calibrations.items()}
+    budget = 0.02 if smoke else 0.1
+    fits = {width: collective_fits(rounds.all_steps(width), width, dtype, budget) for width in widths}
+    calibrations = {width: found for width in widths if (found := calibrated(width)) is not None}
+    devices = {width: device_of(found[0], width, fits[width]) for width, found in calibrations.items()}
     result: dict[str, Any] = {
         "benchmark": name,
         "shape": {key: value for key, value in config.items() if key in COMPUTE_BOUND},
-        "model": "random weights" if shape == "compute_bound" else model,
+        "model": model,
         "dtype": dtype,
         "tensor_parallel_size": widths,
         "cores_per_device": 1,
@@ -110,8 +79,11 @@ def test_scaling(
         },
         "first_tokens": rounds.first_tokens,
         "first_tokens_as_on_one_device": rounds.same,
-        "collectives": fits,
-        "calibration": {width: dataclasses.asdict(one) for width, one in calibrations.items()},
+        "collectives": {width: found for width, found in fits.items() if found},
+        "calibration": {
+            width: {**dataclasses.asdict(one), "cpu_share_of_others": round(share, 3)}
+            for width, (one, share) in calibrations.items()
+        },
         "runs": {
             workload.name: {width: rounds.seconds(workload.name, width) for width in widths} for workload in workloads
         },
@@ -126,6 +98,19 @@ def test_scaling(
     bench.write(name, result, report.table_of(name, result))
     if importlib.util.find_spec("matplotlib") is not None:
         report.plot(name, result, bench.folder / f"{name}.png")
+
+
+def subject(
+    shape: str, bench: Bench, workloads: tuple[Workload, ...], folder: Path, *, smoke: bool
+) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """Name, engine settings and `config.json` of the model of that shape, which may be written to `folder`."""
+    settings = engine_settings(workloads, bench.settings["dtype"])
+    if shape == "memory_bound":
+        model = bench.settings["model"]
+        return model, {"model": model, **settings}, config_of(model)
+    config = COMPUTE_BOUND | (_TINY if smoke else {})
+    (folder / "config.json").write_text(json.dumps(config))
+    return "random weights", {"model": str(folder), "load_format": "dummy", **settings}, config
 
 
 def engine_settings(workloads: tuple[Workload, ...], dtype: str) -> dict[str, Any]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
+from ryzanstein_jax.config import SHARDINGS
 from ryzanstein_jax.errors import ConfigError
 
 #: A plan is read as a whole: where the output is no terminal its lines are not folded.
@@ -21,7 +23,8 @@ def plan(
         str | None, typer.Argument(help="A shape such as llama-3-8b, or what other commands take: no weights are read.")
     ] = None,
     device: Annotated[
-        str, typer.Option(help='Such as h100, or h100,h200; "this" is calibrated, "auto" looks.')
+        str,
+        typer.Option(help='Such as h100, or h100,h200; "this" is calibrated; "auto": the GPU here, or else "this".'),
     ] = "auto",
     tp: Annotated[
         str | None, typer.Option("--tensor-parallel-size", "--tp", "-t", help="Widths; 1,2,4,8, or what was measured.")
@@ -30,6 +33,7 @@ def plan(
     context: Annotated[int | None, typer.Option(help="Tokens of each sequence; 8192, or the model's most.")] = None,
     prompt: Annotated[int | None, typer.Option(help="Tokens of the prompt; 2048, or less with the context.")] = None,
     dtype: Annotated[str, typer.Option(help="One of auto, bfloat16, float16, float32.")] = "auto",
+    sharding: Annotated[str, typer.Option(help=f"One of {', '.join(SHARDINGS)}; see docs/sharding.md.")] = "megatron",
     memory_fraction: Annotated[float | None, typer.Option(help="Share of each device's memory.")] = None,
     max_num_batched_tokens: Annotated[int, typer.Option(help="Prompt tokens in a step.")] = 512,
     ideal: Annotated[
@@ -56,11 +60,8 @@ def plan(
         if calibrate:
             return
         raise ConfigError("model", None, "name one, such as llama-3-8b")
-    names = ["this" if name == "auto" else name for name in _parts("device", device)]
-    if "this" in names and device == "auto" and not _calibrated():
-        raise ConfigError(
-            "device", "auto", "name one, such as h100, or measure this machine: ryzanstein plan --calibrate"
-        )
+    here = "this" if calibrate else None  # what was just measured is what it is measured for
+    names = [(here or _device_here()) if name == "auto" else name for name in _parts("device", device)]
     if tp is None:
         measured = load_calibration().widths if "this" in names else ()
         tp = ",".join(str(one.width) for one in measured) or "1,2,4,8"
@@ -69,7 +70,7 @@ def plan(
     made = planner.plan(
         model, names, _numbers("tp", tp), _numbers("batch", batch), context=context,
         prompt=prompt if prompt is not None else min(2048, context), dtype=dtype, memory_fraction=memory_fraction,
-        max_num_batched_tokens=max_num_batched_tokens, shares=(1.0, 1.0) if ideal else None,
+        sharding=sharding, max_num_batched_tokens=max_num_batched_tokens, shares=(1.0, 1.0) if ideal else None,
     )  # fmt: skip
     programs = _compile(made) if compiled else []
     if plot is not None:
@@ -102,6 +103,7 @@ def _compile(made: Any) -> list[tuple[Any, Any]]:
         for job in engine_jobs(
             device, width, max(row.batch for row in made.rows), context=setting.context, page_size=setting.page_size,
             prefill=min(setting.max_num_batched_tokens, setting.context), dtype=made.dtype,
+            sharding=setting.sharding,
         )
     ]  # fmt: skip
     return [(found, expected(made.spec, found.job)) for found in compile_jobs(config_of(made.model), jobs)]
@@ -119,6 +121,7 @@ def _calibrate(console: Console) -> None:
     from ryzanstein_jax.planner.calibrate import calibrate
     from ryzanstein_jax.planner.calibration import save_calibration
 
+    began = time.monotonic()
     with console.status("measuring this machine") as status:
         found = calibrate(progress=lambda what: status.update(f"measuring this machine, {what}"))
     console.print(f"{found.title}, {found.dtype}; written to {save_calibration(found)}")
@@ -127,15 +130,34 @@ def _calibrate(console: Console) -> None:
         line = (
             f"  width {one.width}: {one.bandwidth / 1e9:.1f} GB/s and {rate / 1e9:,.0f} Gflop/s ({rows} rows) a device"
         )
-        if one.width > 1:
-            line += f", all-reduce {1e6 * one.alpha:.0f} us + {1e12 * one.beta:.0f} us a MB"
+        for kind, (alpha, beta) in one.collectives.items():
+            line += f", {kind} {1e6 * alpha:.0f} us + {1e12 * beta:.0f} us a MB"
         console.print(f"{line}, host {1e3 * one.host_seconds:.2f} ms a step")
+    console.print(f"measured in {time.monotonic() - began:.0f} s")
 
 
-def _calibrated() -> bool:
+def _device_here() -> str:
+    """The table's device for the GPU that NVML shows, or else the calibrated machine.
+
+    Raises:
+        ConfigError: there is neither.
+    """
+    from ryzanstein_jax.orchestrator.telemetry import GpuTelemetry
     from ryzanstein_jax.planner.calibration import calibration_path
+    from ryzanstein_jax.planner.devices import device_of_card
 
-    return calibration_path().is_file()
+    telemetry = GpuTelemetry()
+    cards = [gpu.name for gpu in telemetry.sample().gpus if gpu.name]
+    why = f"the table has no {cards[0]}" if cards else telemetry.reason
+    telemetry.close()
+    known = [found.name for found in map(device_of_card, cards) if found is not None]
+    if known:
+        return known[0]
+    if calibration_path().is_file():
+        return "this"
+    raise ConfigError(
+        "device", "auto", f"{why}: name one, such as h100, or measure this machine: ryzanstein plan --calibrate"
+    )
 
 
 def _parts(field: str, text: str) -> list[str]:

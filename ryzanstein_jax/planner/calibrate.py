@@ -29,11 +29,8 @@ from ryzanstein_jax.engine.engine import Engine
 from ryzanstein_jax.engine.local import LocalExecutor
 from ryzanstein_jax.engine.open import open_model
 from ryzanstein_jax.memory import device_bytes
-from ryzanstein_jax.model.families import spec_from_config
 from ryzanstein_jax.model.layers import product
-from ryzanstein_jax.planner.calibration import Calibration, Measured
-from ryzanstein_jax.planner.devices import Device
-from ryzanstein_jax.planner.roofline import Step, predict
+from ryzanstein_jax.planner.calibration import REFERENCE, TIMED, TINY, Calibration, Measured, Timed, fit_costs
 from ryzanstein_jax.request import SamplingParams
 from ryzanstein_jax.sharding import make_mesh
 
@@ -44,30 +41,22 @@ _ROWS = (1, 4, 16, 64, 256, 512)
 _SIZES = (4 << 10, 64 << 10, 1 << 20, 8 << 20)
 _REPEATS = 10
 _SECONDS = 0.5  # about how long each of them is repeated
-#: One layer, and so little of everything that a step of it is the host's work.
-_TINY = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 256, "hidden_size": 64,
-    "num_hidden_layers": 1, "num_attention_heads": 8, "num_key_value_heads": 8, "intermediate_size": 64,
-    "max_position_embeddings": 256, "torch_dtype": "float32",
-}  # fmt: skip
-
-#: A small model of usual proportions, and the steps of it that are timed: (sequences that decode, prompt tokens).
-_REFERENCE = {
-    **_TINY, "vocab_size": 16384, "hidden_size": 512, "num_hidden_layers": 8, "num_key_value_heads": 4,
-    "intermediate_size": 1536, "max_position_embeddings": 512,
-}  # fmt: skip
-_PROMPT = 8  # tokens before the decodes
-_STEPS = ((1, 0), (8, 0), (0, 480))
+#: What the whole is made to take. Compiling for the first width is in it, and the one thing that can't be cut short.
+SECONDS = 90.0
 
 Progress = Callable[[str], None]
 
 
-def calibrate(widths: Sequence[int] | None = None, progress: Progress = lambda what: None) -> Calibration:
+def calibrate(
+    widths: Sequence[int] | None = None, progress: Progress = lambda what: None, *, seconds: float = SECONDS
+) -> Calibration:
     """Measures the devices of this process, all devices of a width at once.
 
     Args:
         widths: 1, 2, 4 ... up to the number of GPUs, or on a CPU of its cores, if None.
         progress: called with what is being measured.
+        seconds: that it may take. A width for which they would not suffice is left out, but for the first; one for
+            whose steps they would not suffice takes the costs of the width before it.
 
     Raises:
         ConfigError: there are fewer devices than the largest width; CPU devices are made only before JAX starts.
@@ -83,27 +72,58 @@ def calibrate(widths: Sequence[int] | None = None, progress: Progress = lambda w
     chosen = list(widths or (width for width in (1, 2, 4, 8, 16, 32) if width <= most))
     kind = "cpu" if devices[0].platform == "cpu" else "gpu"
     dtype = resolve_dtype("auto", "bfloat16", kind)
-    measured = []
-    for width in chosen:
-        mesh = make_mesh(width)
-        progress(f"width {width}: matrix products")
-        bandwidth, rates = _products(mesh, dtype)
-        progress(f"width {width}: all-reduces")
-        alpha, beta = _all_reduces(mesh, dtype)
-        progress(f"width {width}: the host's share of a step")
-        measured.append(Measured(width, bandwidth, rates, alpha, beta, _host_seconds(width)))
     title = devices[0].device_kind if kind == "gpu" else f"{cores} cores of {_processor()}"
-    found = Calibration(
+    made = Calibration(
         title, kind, str(dtype), device_bytes(1, devices[0]), datetime.now(UTC).isoformat(timespec="seconds"),
-        {"jax": jax.__version__, "python": platform.python_version()}, tuple(measured),
+        {"jax": jax.__version__, "python": platform.python_version()}, (),
     )  # fmt: skip
-    for place, one in enumerate(measured):
-        progress(f"width {one.width}: steps of a small model")
-        measured[place] = replace(one, overheads=_overheads(found.device(one.width), one.width, str(dtype)))
-    return replace(found, widths=tuple(measured))
+    clock = _Clock(time.monotonic() + seconds)
+    for width in chosen:
+        if not clock.suffices("parts"):
+            break
+        with clock.taking("parts"):
+            mesh = make_mesh(width)
+            progress(f"width {width}: matrix products")
+            bandwidth, rates = products(mesh, dtype)
+            progress(f"width {width}: collectives")
+            one = Measured(width, bandwidth, rates, _collectives(mesh, dtype), 0.0)
+        if clock.suffices("steps"):
+            with clock.taking("steps"):
+                progress(f"width {width}: the host's share of a step")
+                one = replace(one, host_seconds=_host_seconds(width), steps_of=width)
+                progress(f"width {width}: steps of a small model")
+                device = replace(made, widths=(one,)).device(width)
+                one = replace(one, costs=fit_costs(device, width, str(dtype), _step_seconds(width, str(dtype))))
+        else:
+            before = made.widths[-1]
+            one = replace(one, host_seconds=before.host_seconds, costs=before.costs, steps_of=before.steps_of)
+        made = replace(made, widths=(*made.widths, one))
+    return made
 
 
-def _products(mesh: Mesh, dtype: np.dtype) -> tuple[float, tuple[tuple[int, float], ...]]:
+class _Clock:
+    """Whether there is time for a further part: as much as one of its kind took before.
+
+    Args:
+        end: of the time, as of `time.monotonic`.
+    """
+
+    def __init__(self, end: float):
+        self._end = end
+        self._longest: dict[str, float] = {}
+
+    def suffices(self, kind: str) -> bool:
+        """Always, for the first of a kind."""
+        return kind not in self._longest or time.monotonic() + self._longest[kind] <= self._end
+
+    @contextmanager
+    def taking(self, kind: str) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self._longest[kind] = max(self._longest.get(kind, 0.0), time.monotonic() - began)
+
+
+def products(mesh: Mesh, dtype: np.dtype) -> tuple[float, tuple[tuple[int, float], ...]]:
     """Bytes of weights a second with one row, and operations a second by rows, of one device while all work."""
     each = NamedSharding(mesh, P("tp"))
     embed, ffn = _KERNEL["cpu" if mesh.devices.flat[0].platform == "cpu" else "gpu"]
@@ -134,46 +154,52 @@ def _filled(mesh: Mesh, shape: tuple[int, ...], dtype: np.dtype, value: float) -
     return jax.jit(lambda: jnp.full(shape, value, dtype), out_shardings=NamedSharding(mesh, P("tp")))()
 
 
-def _all_reduces(mesh: Mesh, dtype: np.dtype) -> tuple[float, float]:
-    """alpha and beta of an all-reduce inside a program; zeros at width 1."""
+def _collectives(mesh: Mesh, dtype: np.dtype) -> dict[str, tuple[float, float]]:
+    """alpha and beta of collectives inside a program; nothing at width 1.
+
+    Bytes are those of the larger of a device's two buffers.
+    """
     if mesh.size == 1:
-        return 0.0, 0.0
+        return {}
+    # Each gives what it takes, so that it can be repeated: a gather takes its part of what came before.
+    kinds: dict[str, Callable[[jax.Array], jax.Array]] = {
+        "all-reduce": lambda y: jax.lax.psum(y, "tp") * 0.5,
+        "all-gather": lambda y: jax.lax.all_gather(y[:, : y.shape[1] // mesh.size], "tp", axis=1, tiled=True),
+        "reduce-scatter": lambda y: jnp.tile(
+            jax.lax.psum_scatter(y, "tp", scatter_dimension=1, tiled=True), (1, mesh.size)
+        ) * 0.5,
+    }  # fmt: skip
+    found = {}
+    for kind, collective in kinds.items():
 
-    def run(x: jax.Array) -> jax.Array:
-        return jax.lax.fori_loop(0, _REPEATS, lambda i, y: jax.lax.psum(y, "tp") * 0.5, x)
+        def run(x: jax.Array, collective: Callable[[jax.Array], jax.Array] = collective) -> jax.Array:
+            return jax.lax.fori_loop(0, _REPEATS, lambda i, y: collective(y), x)
 
-    mapped = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=P("tp"), out_specs=P("tp"), check_vma=False))
-    times = []
-    for size in _SIZES:
-        x = _filled(mesh, (mesh.size, size // dtype.itemsize), dtype, 1.0)
-        times.append(_median(partial(mapped, x)) / _REPEATS)
-    fit = fit_alpha_beta(_SIZES, times)
-    return fit.alpha, fit.beta
+        mapped = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=P("tp"), out_specs=P("tp"), check_vma=False))
+        times = []
+        for size in _SIZES:
+            x = _filled(mesh, (mesh.size, size // dtype.itemsize), dtype, 1.0)
+            times.append(_median(partial(mapped, x)) / _REPEATS)
+        fit = fit_alpha_beta(_SIZES, times)
+        found[kind] = (fit.alpha, fit.beta)
+    return found
 
 
 def _host_seconds(width: int) -> float:
     """Seconds of a step of a tiny model, one sequence decoding."""
-    with _engine(_TINY, width, max_num_seqs=1, max_num_batched_tokens=16) as engine:
-        return _decode_seconds(engine, 1, 200)
+    with _engine(TINY, width, max_num_seqs=1, max_num_batched_tokens=16) as engine:
+        return _decode_seconds(engine, Timed(1, 8, 200))
 
 
-def _overheads(device: Device, width: int, dtype: str) -> tuple[tuple[int, float], ...]:
-    """(tokens, factor): how many times longer than its products and bytes a step of the small model takes."""
-    spec, found = spec_from_config(_REFERENCE), []
+def _step_seconds(width: int, dtype: str) -> list[float]:
+    """Seconds of a step of each of `TIMED`."""
     sizes = {
-        "max_num_seqs": max(decodes for decodes, _ in _STEPS),
-        "max_num_batched_tokens": max(16, *(prompt for _, prompt in _STEPS)),
+        "max_num_seqs": max(one.decodes for one in TIMED),
+        "max_num_batched_tokens": max(16, *(one.prompt for one in TIMED)),
+        "max_model_len": max(one.prompt + one.tokens for one in TIMED),
     }
-    with _engine(_REFERENCE, width, dtype=dtype, **sizes) as engine:
-        for decodes, prompt in _STEPS:
-            if prompt:
-                step, seconds = Step(prefill=prompt), _prompt_seconds(engine, prompt)
-            else:
-                step, seconds = Step(decodes, context=_PROMPT + 32), _decode_seconds(engine, decodes, 64)
-            time = predict(spec, device, step, width=width, dtype=dtype)
-            working = time.device - time.communication
-            found.append((step.tokens, max(1.0, (seconds - time.communication) / working)))
-    return tuple(sorted(found))
+    with _engine(REFERENCE, width, dtype=dtype, **sizes) as engine:
+        return [_decode_seconds(engine, one) if one.decodes else _prompt_seconds(engine, one) for one in TIMED]
 
 
 @contextmanager
@@ -182,8 +208,9 @@ def _engine(shape: dict[str, Any], width: int, **settings: Any) -> Iterator[Engi
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(shape))
         config = EngineConfig(
-            folder, load_format="dummy", tensor_parallel_size=width, compilation_cache_dir="", **settings
-        )
+            folder, load_format="dummy", tensor_parallel_size=width, compilation_cache_dir="",
+            enable_prefix_caching=False, **settings,
+        )  # fmt: skip
         opened = open_model(config)
         executor = LocalExecutor(config, opened.files, opened.spec)
     try:
@@ -192,25 +219,26 @@ def _engine(shape: dict[str, Any], width: int, **settings: Any) -> Iterator[Engi
         executor.close()
 
 
-def _decode_seconds(engine: Engine, sequences: int, tokens: int) -> float:
-    """Median time of a step in which that many sequences decode, each to so many tokens."""
-    for number in range(sequences):
-        prompt = [(number + place) % 251 for place in range(_PROMPT)]
-        engine.add(str(number), prompt, SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True))
+def _decode_seconds(engine: Engine, timed: Timed) -> float:
+    """Median time of the steps in which all sequences decode."""
+    for number in range(timed.decodes):
+        prompt = [(number + 1) * (place + 1) % 251 for place in range(timed.prompt)]
+        engine.add(str(number), prompt, SamplingParams(temperature=0, max_tokens=timed.tokens, ignore_eos=True))
     times = []
     while engine.has_unfinished():
         began = time.perf_counter()
-        engine.step()
-        times.append(time.perf_counter() - began)
+        found = engine.step()
+        if len(found) == timed.decodes:
+            times.append(time.perf_counter() - began)
     return float(np.median(times))
 
 
-def _prompt_seconds(engine: Engine, length: int) -> float:
+def _prompt_seconds(engine: Engine, timed: Timed) -> float:
     """Median time from a prompt to its first token, each prompt a new one."""
     times = []
     for number in range(6):
         began = time.perf_counter()
-        prompt = [(number + 1) * (place + 1) % 251 for place in range(length)]
+        prompt = [(number + 1) * (place + 1) % 251 for place in range(timed.prompt)]
         engine.add(str(number), prompt, SamplingParams(temperature=0, max_tokens=1, ignore_eos=True))
         while engine.has_unfinished():
             engine.step()

@@ -5,18 +5,57 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ryzanstein_jax.cache import cache_dir
 from ryzanstein_jax.errors import ConfigError
-from ryzanstein_jax.planner.devices import Device, Link
+from ryzanstein_jax.model.families import spec_from_config
+from ryzanstein_jax.model.sizes import PaddedSizes
+from ryzanstein_jax.planner.devices import Costs, Device, Link
+from ryzanstein_jax.planner.roofline import Step, cost_units, predict
 
-_VERSION = 2
+_VERSION = 3
 _MOST_BYTES = 1 << 20
 #: Bytes a second where there is nobody to send to: a number still, as JSON wants it.
 NO_LINK = 1e18
+
+#: One layer, and so little of everything that a step of it is the host's work.
+TINY: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 256, "hidden_size": 64,
+    "num_hidden_layers": 1, "num_attention_heads": 8, "num_key_value_heads": 8, "intermediate_size": 64,
+    "max_position_embeddings": 256, "torch_dtype": "float32",
+}  # fmt: skip
+#: A model of usual proportions, larger than caches, of which steps are timed for `fit_costs`.
+REFERENCE: dict[str, Any] = {
+    **TINY, "vocab_size": 16384, "hidden_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 16,
+    "num_key_value_heads": 4, "intermediate_size": 2816, "max_position_embeddings": 512,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Steps of the reference model to time: how many sequences of so many tokens decode, or one prompt of so many."""
+
+    decodes: int
+    prompt: int
+    tokens: int = 24
+
+    @property
+    def step(self) -> Step:
+        """The step in the middle."""
+        if not self.decodes:
+            return Step(prefill=self.prompt)
+        return Step(self.decodes, context=self.prompt + self.tokens // 2)
+
+
+#: Few and many decodes behind short and long prompts, and prompts: so that each of the `Costs` weighs much in one.
+TIMED = (Timed(1, 16), Timed(8, 16), Timed(8, 384), Timed(0, 128), Timed(0, 480))
 
 
 @dataclass(frozen=True)
@@ -27,18 +66,19 @@ class Measured:
         width: devices at work.
         bandwidth: bytes of weights a second, in products of one row.
         rates: (rows, operations a second) of matrix products.
-        alpha, beta: an all-reduce takes `alpha + beta * bytes` seconds; 0 at width 1.
+        collectives: kind -> (alpha, beta): one takes `alpha + beta * bytes` seconds; empty at width 1.
         host_seconds: of a step of a model so small that nothing else takes time.
-        overheads: (tokens of a step, factor) by which a small model's steps took longer than predicted without it.
+        costs: what steps of a small model took beyond all that.
+        steps_of: width at which the last two were measured; another one where the time did not suffice.
     """
 
     width: int
     bandwidth: float
     rates: tuple[tuple[int, float], ...]
-    alpha: float
-    beta: float
+    collectives: dict[str, tuple[float, float]]
     host_seconds: float
-    overheads: tuple[tuple[int, float], ...] = ()
+    costs: Costs = field(default_factory=Costs)
+    steps_of: int = 0
 
 
 @dataclass(frozen=True)
@@ -73,15 +113,51 @@ class Calibration:
         if found is None:
             known = ", ".join(str(one.width) for one in self.widths)
             raise ConfigError("tensor_parallel_size", width, f"this machine was measured at {known}")
-        bus = 2 * (width - 1) / width / found.beta if found.beta else NO_LINK
+        beta = found.collectives.get("all-reduce", (0.0, 0.0))[1]
+        bus = 2 * (width - 1) / width / beta if beta else NO_LINK
         memory = self.memory // width if self.platform == "cpu" else self.memory  # CPU devices share the host's
         source = f"measured by ryzanstein plan --calibrate, {self.made}"
+        start = found.collectives.get("all-reduce", (0.0, 0.0))[0]
         return Device(
             "this", self.title, memory, found.bandwidth, {self.dtype: max(rate for _, rate in found.rates)},
-            Link(bus, bus, start=found.alpha, hop=0.0), found.host_seconds, memory_share=1.0, compute_share=1.0,
-            sources=dict.fromkeys(("memory_bandwidth", "rates", "link", "collectives", "host_seconds"), source),
-            rate_by_rows=found.rates, overheads=found.overheads, platform=self.platform,
+            Link(bus, bus, start=start, hop=0.0, measured=found.collectives), found.host_seconds, memory_share=1.0,
+            compute_share=1.0,
+            sources=dict.fromkeys(
+                ("memory_bandwidth", "rates", "link", "collectives", "host_seconds", "costs"), source
+            ),
+            rate_by_rows=found.rates, costs=found.costs, platform=self.platform,
         )  # fmt: skip
+
+
+def fit_costs(device: Device, width: int, dtype: str, seconds: Sequence[float]) -> Costs:
+    """What steps of the reference model took beyond their prediction, as costs of what they consist of.
+
+    None comes out below 0, and the squared errors relative to the steps' times are least.
+
+    Args:
+        device: without costs.
+        seconds: of a step of each of `TIMED`.
+    """
+    spec, names = spec_from_config(REFERENCE), [one.name for one in dataclasses.fields(Costs)]
+    plain, sizes = replace(device, costs=Costs()), PaddedSizes.of(spec, width)
+    itemsize = 4 if dtype == "float32" else 2
+    rows, left = [], []
+    for timed, taken in zip(TIMED, seconds, strict=True):
+        units = cost_units(spec, sizes, timed.step, itemsize)
+        rows.append([getattr(units, name) / taken for name in names])
+        left.append(1 - predict(spec, plain, timed.step, width=width, dtype=dtype).total / taken)
+    matrix, right = np.asarray(rows), np.asarray(left)
+    # Few enough to try which of them are 0; each is of another size, so the columns are scaled.
+    scale = np.linalg.norm(matrix, axis=0)
+    best, found = float(right @ right), np.zeros(len(names))
+    for count in range(1, len(names) + 1):
+        for chosen in map(list, combinations(range(len(names)), count)):
+            solved = np.linalg.lstsq(matrix[:, chosen] / scale[chosen], right)[0] / scale[chosen]
+            error = float(np.sum((matrix[:, chosen] @ solved - right) ** 2))
+            if (solved >= 0).all() and error < best:
+                best, found = error, np.zeros(len(names))
+                found[chosen] = solved
+    return Costs(*map(float, found))
 
 
 def calibration_path() -> Path:
@@ -120,11 +196,14 @@ def load_calibration(path: Path | None = None) -> Calibration:
 
 
 def _measured(facts: dict[str, Any]) -> Measured:
-    pairs = {name: tuple((int(at), float(value)) for at, value in facts[name]) for name in ("rates", "overheads")}
-    one = Measured(**{**facts, **pairs})
-    numbers = (one.bandwidth, *(value for _, value in (*one.rates, *one.overheads)))
+    rates = tuple((int(at), float(value)) for at, value in facts["rates"])
+    collectives = {str(kind): (float(a), float(b)) for kind, (a, b) in facts["collectives"].items()}
+    costs = Costs(**{str(name): float(value) for name, value in facts["costs"].items()})
+    one = Measured(**{**facts, "rates": rates, "collectives": collectives, "costs": costs})
+    numbers = (one.bandwidth, *(value for _, value in one.rates))
     if not one.rates or not all(math.isfinite(x) and x > 0 for x in numbers):
         raise ValueError("no rates above 0")
-    if not all(math.isfinite(x) and x >= 0 for x in (one.alpha, one.beta, one.host_seconds)):
+    numbers = (one.host_seconds, *dataclasses.astuple(costs), *(x for pair in collectives.values() for x in pair))
+    if not all(math.isfinite(x) and x >= 0 for x in numbers):
         raise ValueError("a negative time")
     return one

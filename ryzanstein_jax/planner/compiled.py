@@ -42,6 +42,7 @@ class Job:
         page_size: tokens in a page.
         dtype: "bfloat16", "float16" or "float32".
         sampler: compile the sampler of its rows too.
+        sharding: the way to shard.
     """
 
     device: str
@@ -53,6 +54,7 @@ class Job:
     page_size: int = 16
     dtype: str = "bfloat16"
     sampler: bool = False
+    sharding: str = "megatron"
 
     @property
     def rows(self) -> int:
@@ -124,7 +126,7 @@ class Expected:
 def expected(spec: ModelSpec, job: Job) -> Expected:
     """The planner's sum for a program that is compiled."""
     itemsize = 4 if job.dtype == "float32" else 2
-    sizes = PaddedSizes.of(spec, job.width)
+    sizes = PaddedSizes.of(spec, job.width, job.sharding)
     step = Step(decodes=job.decodes, context=job.context, prefill=job.prefill)
     weights = sizes.weight_bytes_per_device(spec, itemsize)
     cache = job.num_pages * sizes.page_bytes(spec, job.page_size, itemsize)
@@ -137,11 +139,20 @@ def expected(spec: ModelSpec, job: Job) -> Expected:
 
 
 def engine_jobs(
-    device: str, width: int, batch: int, *, context: int, prefill: int, page_size: int = 16, dtype: str = "bfloat16"
+    device: str,
+    width: int,
+    batch: int,
+    *,
+    context: int,
+    prefill: int,
+    page_size: int = 16,
+    dtype: str = "bfloat16",
+    sharding: str = "megatron",
 ) -> list[Job]:
     """The decode (with its sampler) and the prefill program of an engine with `batch` sequences of `context` tokens."""
     held = batch * pages(context, page_size) + 1
     shared: dict[str, Any] = {"context": context, "num_pages": held, "page_size": page_size, "dtype": dtype}
+    shared["sharding"] = sharding
     return [Job(device, width, batch, 0, sampler=True, **shared), Job(device, width, 0, prefill, **shared)]
 
 

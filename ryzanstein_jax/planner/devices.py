@@ -23,6 +23,8 @@ class Link:
         start: seconds that a library's collective takes, however small and however few devices.
         hop: seconds of each message that has to wait for another one.
         kernel: seconds that a collective takes that is one kernel reading its peers' memory; None: there is none.
+        measured: collective -> (seconds of any size, seconds a byte of the larger of a device's two buffers). Where
+            there is one, it stands for all of the above.
     """
 
     bandwidth: float
@@ -30,6 +32,24 @@ class Link:
     start: float
     hop: float
     kernel: float | None = None
+    measured: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What the engine's steps took beyond their roofline, where they were measured.
+
+    Attributes:
+        layer: seconds of each layer, however little it computes.
+        activation: seconds for each byte of activations: norms, rotations, gates, sums.
+        prompt: seconds for each operation of a prompt's attention.
+        cache: seconds for each byte of the KV cache that decodes read, in whole blocks.
+    """
+
+    layer: float = 0.0
+    activation: float = 0.0
+    prompt: float = 0.0
+    cache: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -46,9 +66,8 @@ class Device:
         memory_share, compute_share: of the nominal figures that good programs reach.
         sources: field -> where its figure comes from.
         rate_by_rows: (rows, operations a second) of measured matrix products; they then stand for `rates`.
-        overheads: (tokens of a step, factor) by which measured steps took longer than their products and bytes: norms,
-            rotations, the engine's own attention. None for the table's devices.
-        platform: "gpu" or "cpu".
+        costs: of measured devices; those of the table have none.
+        platform: "gpu" or "cpu". A CPU is its own host: what that needs is no time beside the device's.
     """
 
     name: str
@@ -62,7 +81,7 @@ class Device:
     compute_share: float = 0.6
     sources: dict[str, str] = field(default_factory=dict)
     rate_by_rows: tuple[tuple[int, float], ...] = ()
-    overheads: tuple[tuple[int, float], ...] = ()
+    costs: Costs = field(default_factory=Costs)
     platform: str = "gpu"
 
     def bandwidth(self) -> float:
@@ -79,20 +98,12 @@ class Device:
             raise ConfigError("dtype", dtype, f"{self.title} has figures for {', '.join(self.rates)}")
         if not self.rate_by_rows:
             return self.rates[dtype] * self.compute_share
-        return _between(rows, self.rate_by_rows)
-
-    def overhead(self, tokens: int) -> float:
-        """How many times longer than its products and bytes a step with so many tokens takes."""
-        return _between(tokens, self.overheads) if self.overheads else 1.0
+        at, found = np.asarray(self.rate_by_rows, np.float64).T
+        return float(np.interp(rows, at, found))
 
     def shares(self, memory: float, compute: float) -> Device:
         """The same device with programs that reach other shares of the nominal figures."""
         return replace(self, memory_share=memory, compute_share=compute)
-
-
-def _between(value: int, points: tuple[tuple[int, float], ...]) -> float:
-    at, found = np.asarray(points, np.float64).T
-    return float(np.interp(value, at, found))
 
 
 def _rates(half: float, single: float, eight: float | None = None) -> dict[str, float]:
@@ -178,3 +189,15 @@ def device_named(name: str) -> Device:
     if key not in DEVICES:
         raise ConfigError("device", name, f"use one of {', '.join(DEVICES)}, or this for the calibrated machine")
     return DEVICES[key]
+
+
+#: What drivers call the cards of the table. Others of the same family (PCIe, NVL, less memory) are other devices.
+_CARDS = {
+    "A100-SXM4-80GB": "a100", "A100-SXM-80GB": "a100", "H100 80GB HBM3": "h100", "H200": "h200", "B200": "b200",
+    "L40S": "l40s", "GeForce RTX 4090": "rtx4090",
+}  # fmt: skip
+
+
+def device_of_card(name: str) -> Device | None:
+    """The table's device for a card that a driver calls so; None if it is none of them."""
+    return DEVICES.get(_CARDS.get(name.strip().removeprefix("NVIDIA "), ""))

@@ -154,14 +154,16 @@ def _estimates(
     dtype = str(resolve_dtype(setting.dtype, spec.dtype, device.platform))
     fraction = resolve_fraction(setting.memory_fraction, device.platform)
     prefill, alone = (
-        prompt_time(spec, one, setting.prompt, setting.max_num_batched_tokens, width=w, dtype=dtype)
+        prompt_time(
+            spec, one, setting.prompt, setting.max_num_batched_tokens, width=w, dtype=dtype, sharding=setting.sharding
+        )
         for one, w in ((device, width), (single, 1))
     )
     most = largest_batch(spec, device, width, dtype, setting, fraction)
     rows = []
     for batch in batches:
         step = Step(decodes=batch, context=setting.context)
-        time = predict(spec, device, step, width=width, dtype=dtype)
+        time = predict(spec, device, step, width=width, dtype=dtype, sharding=setting.sharding)
         one = predict(spec, single, step, width=1, dtype=dtype)
         memory = memory_use(spec, device, width, dtype, batch, setting, fraction)
         rows.append(
@@ -173,11 +175,14 @@ def _estimates(
     return rows
 
 
-def prompt_time(spec: ModelSpec, device: Device, prompt: int, chunk: int, *, width: int, dtype: str) -> StepTime:
+def prompt_time(
+    spec: ModelSpec, device: Device, prompt: int, chunk: int, *, width: int, dtype: str, sharding: str = "megatron"
+) -> StepTime:
     """Where the time of a prompt alone goes, in chunks of at most `chunk` tokens."""
-    parts: dict[str, float] = dict.fromkeys(("weights", "compute", "kv", "communication", "host"), 0.0)
+    parts: dict[str, float] = dict.fromkeys(("weights", "compute", "kv", "communication", "host", "other"), 0.0)
     for before in range(0, prompt, chunk):
-        time = predict(spec, device, Step(prefill=min(chunk, prompt - before), before=before), width=width, dtype=dtype)
+        step = Step(prefill=min(chunk, prompt - before), before=before)
+        time = predict(spec, device, step, width=width, dtype=dtype, sharding=sharding)
         for name in parts:
             parts[name] += getattr(time, name)
-    return StepTime(**parts)
+    return StepTime(**parts, beside=time.beside)

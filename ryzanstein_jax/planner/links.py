@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from ryzanstein_jax.communication import Collective
 from ryzanstein_jax.planner.devices import Link
 
 #: XLA's kernels that read peers' memory: one pass up to this many bytes, two up to the second; then NCCL.
@@ -59,3 +60,24 @@ def all_gather(size: float, width: int, link: Link) -> float:
     if width == 1:
         return 0.0
     return link.start + (width - 1) * link.hop + (width - 1) / width * size / link.bus_bandwidth
+
+
+def seconds(found: Collective, link: Link) -> float:
+    """Seconds that one such collective takes, as the link was measured or else by the laws above.
+
+    A reduce-scatter is an all-gather the other way round: as many messages and bytes. It is counted by what goes in,
+    `group` times its result.
+
+    Raises:
+        ValueError: it is neither an all-reduce nor one of those two.
+    """
+    width = found.group
+    size = found.bytes * (width if found.kind == "reduce-scatter" else 1)
+    if found.kind in link.measured:
+        alpha, beta = link.measured[found.kind]
+        return alpha + beta * size
+    if found.kind == "all-reduce":
+        return all_reduce(size, width, link)[1]
+    if found.kind in ("all-gather", "reduce-scatter"):
+        return all_gather(size, width, link)
+    raise ValueError(f"the planner has no law for {found.kind}")

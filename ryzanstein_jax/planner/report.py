@@ -18,7 +18,7 @@ from ryzanstein_jax.planner.targets import verdicts
 _GIB = 1 << 30
 _LIMITS = {
     "weights": "reading weights", "kv": "reading the KV cache", "compute": "arithmetic",
-    "communication": "communication", "host": "the host",
+    "communication": "communication", "host": "the host", "other": "attention, norms",
 }  # fmt: skip
 
 
@@ -26,6 +26,8 @@ def plan_table(plan: Plan, device: str) -> Table:
     """One row for each width and batch on one device of the plan."""
     setting, kind = plan.setting, plan.devices[device]
     title = f"{plan.model} on {kind.title}: {setting.context} tokens each, prompt {setting.prompt}"
+    if setting.sharding != "megatron":
+        title += f", sharding {setting.sharding}"
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for heading in (
         "tp", "batch", "weights", "KV", "temp", "GiB in all", "largest batch", "first token", "token", "tokens/s",
@@ -121,7 +123,7 @@ def save_plot(plan: Plan, path: Path) -> None:
     for (device, batch), rows in groups.items():
         for row in rows:
             bottom = 0.0
-            for number, part in enumerate(("weights", "kv", "compute", "communication")):
+            for number, part in enumerate(("weights", "kv", "compute", "communication", "other")):
                 height = 1e3 * getattr(row.step, part)
                 bars.bar(len(labels), height, bottom=bottom, color=f"C{number}", label=part if not labels else None)
                 bottom += height

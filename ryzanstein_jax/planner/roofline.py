@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ryzanstein_jax.communication import Collective
 from ryzanstein_jax.model.sizes import PaddedSizes
 from ryzanstein_jax.model.spec import ModelSpec
-from ryzanstein_jax.planner.devices import Device
-from ryzanstein_jax.planner.links import all_gather, all_reduce
+from ryzanstein_jax.planner.devices import Costs, Device
+from ryzanstein_jax.planner.links import seconds as link_seconds
+
+#: Positions that the engine's attention reads at a time (`attention.BLOCK`, which needs JAX).
+BLOCK = 128
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,9 @@ class StepTime:
         compute: matrix products and attention that wait for arithmetic.
         kv: attention that waits for the KV cache.
         communication: collectives, during which the device does nothing else.
-        host: what the host needs for the step, which runs beside the device.
+        host: what the host needs for the step.
+        other: what a measured device takes beyond all that: norms, rotations, the engine's own attention.
+        beside: whether the host works beside the device, and not on its cores.
     """
 
     weights: float
@@ -62,15 +67,17 @@ class StepTime:
     kv: float
     communication: float
     host: float
+    other: float = 0.0
+    beside: bool = True
 
     @property
     def device(self) -> float:
-        return self.weights + self.compute + self.kv + self.communication
+        return self.weights + self.compute + self.kv + self.communication + self.other
 
     @property
     def total(self) -> float:
-        """The step: the device's time, or the host's if that is longer."""
-        return max(self.device, self.host)
+        """The step: the device's time, or the host's if that is longer; both, where they share the cores."""
+        return max(self.device, self.host) if self.beside else self.device + self.host
 
     @property
     def communication_share(self) -> float:
@@ -78,10 +85,11 @@ class StepTime:
 
     @property
     def limit(self) -> str:
-        """What to make faster first: "weights", "compute", "kv", "communication" or "host"."""
-        if self.host > self.device:
+        """What to make faster first: "weights", "compute", "kv", "communication", "other" or "host"."""
+        parts = {name: getattr(self, name) for name in ("weights", "compute", "kv", "communication", "other")}
+        if self.host > (self.device if self.beside else max(parts.values())):
             return "host"
-        return max(("weights", "compute", "kv", "communication"), key=lambda name: getattr(self, name))
+        return max(parts, key=parts.__getitem__)
 
 
 def step_parts(spec: ModelSpec, sizes: PaddedSizes, step: Step, itemsize: int) -> dict[str, Part]:
@@ -96,10 +104,8 @@ def step_parts(spec: ModelSpec, sizes: PaddedSizes, step: Step, itemsize: int) -
     slots, embed = heads.num_slots // width, spec.hidden_size
     table = sizes.vocab // width * embed
     layers = sizes.parameters_per_device(spec) - (1 if spec.tie_embeddings else 2) * table - embed
-    # Each layer reads and writes the residual stream about eight times, and what lies between its products twice.
-    inner = 2 * sizes.ffn // width * 3 + 2 * slots * (heads.queries_per_slot + 2) * spec.head_dim
-    activations = step.tokens * spec.num_layers * (8 * embed + inner)
-    linear = Part(itemsize * (layers + activations + step.tokens * embed), 2.0 * step.tokens * layers)
+    moved = itemsize * (layers + step.tokens * embed) + _activation_bytes(spec, sizes, step, itemsize)
+    linear = Part(moved, 2.0 * step.tokens * layers)
 
     kv_bytes = attended = 0.0
     for layer in spec.layers:
@@ -121,19 +127,59 @@ def step_parts(spec: ModelSpec, sizes: PaddedSizes, step: Step, itemsize: int) -
     return {"linear": linear, "attention": attention, "head": head}
 
 
+def _activation_bytes(spec: ModelSpec, sizes: PaddedSizes, step: Step, itemsize: int) -> float:
+    """Each layer reads and writes the residual stream about eight times, and what lies between its products twice."""
+    width, heads = sizes.width, sizes.heads
+    inner = 2 * sizes.ffn // width * 3 + 2 * heads.num_slots // width * (heads.queries_per_slot + 2) * spec.head_dim
+    return float(itemsize * step.tokens * spec.num_layers * (8 * spec.hidden_size + inner))
+
+
+def cost_units(spec: ModelSpec, sizes: PaddedSizes, step: Step, itemsize: int) -> Costs:
+    """How much of each of the `Costs` a step has: layers, bytes of activations, operations, bytes of cache."""
+    slots = sizes.heads.num_slots // sizes.width
+    cache = operations = 0.0
+    for layer in spec.layers:
+        context, keys = step.context, step.before + (step.prefill + BLOCK) / 2
+        if layer.window is not None:
+            context, keys = min(context, layer.window), min(keys, layer.window)
+        cache += 2 * itemsize * slots * spec.head_dim * step.decodes * -(-context // BLOCK) * BLOCK
+        operations += 4.0 * step.prefill * keys * slots * sizes.heads.queries_per_slot * spec.head_dim
+    return Costs(spec.num_layers, _activation_bytes(spec, sizes, step, itemsize), operations, cache)
+
+
 def step_collectives(spec: ModelSpec, sizes: PaddedSizes, step: Step, itemsize: int) -> list[Collective]:
     """What the engine's forward communicates, as its compiled program shows it; see `sampler_collectives`.
 
     Args:
+        sizes: of the width and the way to shard.
         step: the tokens of a bucket: padding is sent too.
     """
-    if sizes.width == 1:
+    width, layers = sizes.width, spec.num_layers
+    if width == 1:
         return []
-    reduced = Collective("all-reduce", step.tokens * spec.hidden_size * itemsize, sizes.width, 2 * spec.num_layers + 1)
-    found = [reduced]
+    hidden = step.tokens * spec.hidden_size * itemsize
+    if sizes.sharding == "sequence" and step.tokens % width == 0:
+        found = [
+            Collective("reduce-scatter", hidden // width, width, 2 * layers + 1),
+            Collective("all-gather", hidden, width, 2 * layers + 1),
+        ]
+    elif sizes.sharding == "output":
+        attended = step.tokens * sizes.heads.num_slots * sizes.heads.queries_per_slot * spec.head_dim * itemsize
+        found = [
+            Collective("all-reduce", hidden, width, 1),
+            Collective("all-gather", hidden, width, 2 * layers),
+            Collective("all-gather", attended, width, layers),
+            Collective("all-gather", step.tokens * sizes.ffn * itemsize, width, layers),
+        ]
+    else:
+        found = [Collective("all-reduce", hidden, width, 2 * layers + 1)]
     if spec.qk_norm == "all":  # OLMo-2: the sums of squares of queries and keys
-        found.append(Collective("all-reduce", 2 * step.tokens * 4, sizes.width, spec.num_layers))
-    return found
+        found.append(Collective("all-reduce", 2 * step.tokens * 4, width, layers))
+    counts: dict[Collective, int] = {}
+    for one in found:  # equal ones are counted together, as in a compiled program
+        same = replace(one, count=0)
+        counts[same] = counts.get(same, 0) + one.count
+    return [replace(one, count=count) for one, count in counts.items()]
 
 
 def sampler_collectives(sizes: PaddedSizes, rows: int) -> list[Collective]:
@@ -141,7 +187,15 @@ def sampler_collectives(sizes: PaddedSizes, rows: int) -> list[Collective]:
     return [] if sizes.width == 1 else [Collective("all-gather", rows * sizes.vocab * 4, sizes.width, 1)]
 
 
-def predict(spec: ModelSpec, device: Device, step: Step, *, width: int = 1, dtype: str = "bfloat16") -> StepTime:
+def predict(
+    spec: ModelSpec,
+    device: Device,
+    step: Step,
+    *,
+    width: int = 1,
+    dtype: str = "bfloat16",
+    sharding: str = "megatron",
+) -> StepTime:
     """Time of one step at one width.
 
     Args:
@@ -150,12 +204,13 @@ def predict(spec: ModelSpec, device: Device, step: Step, *, width: int = 1, dtyp
         step: what is computed.
         width: devices that share the model.
         dtype: of weights, activations and cache: "bfloat16", "float16" or "float32".
+        sharding: of `config.SHARDINGS`.
 
     Raises:
-        ConfigError: the device has no figures for the dtype.
+        ConfigError: the device has no figures for the dtype, or the model can't be sharded so.
     """
     itemsize = 4 if dtype == "float32" else 2
-    sizes = PaddedSizes.of(spec, width)
+    sizes = PaddedSizes.of(spec, width, sharding)
     times = {"weights": 0.0, "compute": 0.0, "kv": 0.0}
     for name, part in step_parts(spec, sizes, step, itemsize).items():
         rows = step.rows if name == "head" else step.tokens
@@ -165,11 +220,12 @@ def predict(spec: ModelSpec, device: Device, step: Step, *, width: int = 1, dtyp
             times["compute"] += computing
         else:
             times["kv" if name == "attention" else "weights"] += moving
-    slower = device.overhead(step.tokens)
-    times = {name: slower * seconds for name, seconds in times.items()}
-    communication = 0.0
-    for found in step_collectives(spec, sizes, step, itemsize):
-        communication += found.count * all_reduce(found.bytes, width, device.link)[1]
-    for found in sampler_collectives(sizes, step.rows):
-        communication += found.count * all_gather(found.bytes, width, device.link)
-    return StepTime(**times, communication=communication, host=device.host_seconds)
+    units, costs = cost_units(spec, sizes, step, itemsize), device.costs
+    found = [*step_collectives(spec, sizes, step, itemsize), *sampler_collectives(sizes, step.rows)]
+    return StepTime(
+        **times,
+        communication=sum(one.count * link_seconds(one, device.link) for one in found),
+        host=device.host_seconds,
+        other=sum(getattr(units, name) * getattr(costs, name) for name in ("layer", "activation", "prompt", "cache")),
+        beside=device.platform != "cpu",
+    )

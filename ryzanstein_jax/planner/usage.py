@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ryzanstein_jax.config import SHARDINGS
 from ryzanstein_jax.errors import ConfigError
 from ryzanstein_jax.model.sizes import PaddedSizes
 from ryzanstein_jax.model.spec import ModelSpec
 from ryzanstein_jax.planner.devices import Device
+from ryzanstein_jax.planner.roofline import BLOCK
 
-#: Positions that the attention of decode tokens reads at a time (`attention.BLOCK`, which needs JAX).
-_BLOCK = 128
 _MOST_CONTEXT = 1 << 22
 
 
@@ -25,6 +25,7 @@ class Setting:
         memory_fraction: share of a device's memory that the engine may take.
         max_num_batched_tokens: prompt tokens in one step.
         page_size: tokens in a page of KV cache.
+        sharding: the way to shard.
     """
 
     context: int = 8192
@@ -33,6 +34,7 @@ class Setting:
     memory_fraction: float | None = None
     max_num_batched_tokens: int = 512
     page_size: int = 16
+    sharding: str = "megatron"
 
     def __post_init__(self) -> None:
         for name in ("context", "prompt"):
@@ -41,6 +43,8 @@ class Setting:
         whole("page_size", self.page_size, 1024)
         if self.dtype not in ("auto", "bfloat16", "float16", "float32"):
             raise ConfigError("dtype", self.dtype, "use one of auto, bfloat16, float16, float32")
+        if self.sharding not in SHARDINGS:
+            raise ConfigError("sharding", self.sharding, f"use one of {', '.join(SHARDINGS)}")
         if self.memory_fraction is not None and not 0 < self.memory_fraction <= 1:
             raise ConfigError(
                 "memory_fraction", self.memory_fraction, "use a number above 0 and at most 1, such as 0.9"
@@ -97,8 +101,8 @@ def temporaries(spec: ModelSpec, sizes: PaddedSizes, decodes: int, prefill: int,
     mlp = stream + 3 * tokens * ffn * itemsize
     parts = stream // 3 + 4 * min(16 * tokens * embed, 4 << 20)
     last_norm = stream + 4 * tokens * embed
-    block = decodes * _BLOCK * slots * spec.head_dim * itemsize * 2  # keys and values
-    scores = decodes * queries * (_BLOCK * (4 + itemsize) + 3 * spec.head_dim * 4)
+    block = decodes * BLOCK * slots * spec.head_dim * itemsize * 2  # keys and values
+    scores = decodes * queries * (BLOCK * (4 + itemsize) + 3 * spec.head_dim * 4)
     return max(mlp, parts, last_norm, stream + block + scores)
 
 
