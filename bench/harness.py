@@ -201,7 +201,10 @@ class Bench:
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         self.folder.mkdir(parents=True, exist_ok=True)
-        precision = self.settings.get("quantization") or self.settings["dtype"]
-        name += "" if precision == "float32" else f"-{precision}"
-        (self.folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+        (self.folder / f"{self.file_name(name)}.json").write_text(json.dumps(content, indent=1) + "\n")
         self.tables.append(table)
+
+    def file_name(self, name: str) -> str:
+        """What the files of a result are called, without their ending: by its precision too, unless that is float32."""
+        precision = self.settings.get("quantization") or self.settings["dtype"]
+        return name if precision == "float32" else f"{name}-{precision}"

@@ -93,11 +93,11 @@ def test_scaling(
         "machine": machine,
     }
     earlier = request.config.getoption("--compare") or bench.folder
-    file = earlier / f"{name}.json"
+    file = earlier / f"{bench.file_name(name)}.json"
     result["compared"] = report.regressions(result, json.loads(file.read_text()) if file.is_file() else None)
     bench.write(name, result, report.table_of(name, result))
     if importlib.util.find_spec("matplotlib") is not None:
-        report.plot(name, result, bench.folder / f"{name}.png")
+        report.plot(name, result, bench.folder / f"{bench.file_name(name)}.png")
 
 
 def subject(

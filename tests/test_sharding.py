@@ -31,6 +31,7 @@ from tests.support import FAMILIES, GOLDEN, QUICK, golden_spec, load, make_progr
 BUCKET = Bucket(decodes=2, prefill_tokens=17, prefills=2, rows=6)
 #: The same for shardings that divide the tokens.
 EVEN = Bucket(decodes=2, prefill_tokens=26, prefills=2, rows=6)
+MANY = Bucket(decodes=0, prefill_tokens=512, prefills=2, rows=2)
 
 
 @given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 16))
@@ -123,18 +124,23 @@ def test_two_all_reduces_a_layer(family, width):
     assert sorted(collectives(compiled), key=str) == sorted(expected, key=str)
 
 
-@pytest.mark.parametrize(("family", "width"), [("llama", 4), ("gemma2", 2)])
-def test_every_projection_sharded_by_output_gathers_four_times_a_layer(family, width):
-    """The inputs of the two row products, and their results; only the embedding is still a sum over devices."""
-    _, compiled = compiled_forward(family, width, "output")
+@pytest.mark.parametrize(("family", "width", "bucket"), [("llama", 4, EVEN), ("gemma2", 2, EVEN), ("llama", 2, MANY)])
+def test_every_projection_sharded_by_output_gathers_four_times_a_layer(family, width, bucket):
+    """The inputs of the two row products, and their results; only the embedding is still a sum over devices.
+
+    With many tokens too, where XLA would gather the kernels, if it might, and have each device compute all of it.
+    """
     spec = golden_spec(family)
+    programs = make_programs(spec, width, bucket, num_pages=4096, page_size=16, sharding="output")
+    compiled = programs.lower_forward(bucket).compile(compiler_options=QUICK)
+    check_no_copies(programs, compiled)
     sizes = PaddedSizes.of(spec, width)
     heads = sizes.heads.num_slots * sizes.heads.queries_per_slot * spec.head_dim
     expected: Counter[tuple[str, int]] = Counter({("all-reduce", spec.hidden_size): 1})
     expected["all-gather", spec.hidden_size] += 2 * spec.num_layers
     expected["all-gather", heads] += spec.num_layers
     expected["all-gather", sizes.ffn] += spec.num_layers
-    assert found_by_size(compiled) == expected
+    assert found_by_size(compiled, bucket) == expected
 
 
 @pytest.mark.parametrize(("family", "width"), [("llama", 4), ("gemma2", 2)])
@@ -161,12 +167,12 @@ def test_a_hidden_size_that_does_not_divide_is_refused():
         PaddedSizes.of(golden_spec("llama"), 5, "output")
 
 
-def found_by_size(compiled: jax.stages.Compiled) -> Counter[tuple[str, int]]:
+def found_by_size(compiled: jax.stages.Compiled, bucket: Bucket = EVEN) -> Counter[tuple[str, int]]:
     """Collectives by kind and float32 values for each token."""
     found: Counter[tuple[str, int]] = Counter()
     for collective in collectives(compiled):
-        assert collective.bytes % (4 * EVEN.tokens) == 0
-        found[collective.kind, collective.bytes // (4 * EVEN.tokens)] += collective.count
+        assert collective.bytes % (4 * bucket.tokens) == 0
+        found[collective.kind, collective.bytes // (4 * bucket.tokens)] += collective.count
     return found
 
 

@@ -131,7 +131,10 @@ class RowParallelLinear(nnx.Module):
         elif scatter:
             y_TD = _summed_over_shards(_row_product, (x, 1), (kernel, 1), scatter=True)
         else:
-            y_TD = replicate(_row_product(x, kernel))
+            y_TD = _row_product(x, kernel)
+            if self.sharding == "output":
+                y_TD = _sharded_by_output(y_TD)
+            y_TD = replicate(y_TD)
         return y_TD if self.bias is None else y_TD + self.bias[...]
 
     def _quantized_product(
@@ -150,6 +153,14 @@ def replicate(x: jax.Array) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec())
+
+
+def _sharded_by_output(y_TD: jax.Array) -> jax.Array:
+    """Says that a product lies as its kernel does: for many tokens XLA would rather gather the kernel, for all to compute
+    all of it."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return y_TD
+    return jax.lax.with_sharding_constraint(y_TD, PartitionSpec(None, "tp"))
 
 
 def has_token_shards(sharding: str, x: jax.Array) -> bool:

@@ -37,7 +37,7 @@ from ryzanstein_jax.sharding import make_mesh
 #: Weights of a pass: far more than a cache holds, and on a GPU so many in each product that its start doesn't count.
 _PAIRS = 12
 _KERNEL = {"cpu": (1024, 4096), "gpu": (4096, 14336)}
-_ROWS = (1, 4, 16, 64, 256, 512)
+_ROWS = (1, 4, 8, 16, 32, 64, 128, 512)
 _SIZES = (4 << 10, 64 << 10, 1 << 20, 8 << 20)
 _REPEATS = 10
 _SECONDS = 0.5  # about how long each of them is repeated

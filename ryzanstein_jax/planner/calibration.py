@@ -55,7 +55,8 @@ class Timed:
 
 
 #: Few and many decodes behind short and long prompts, and prompts: so that each of the `Costs` weighs much in one.
-TIMED = (Timed(1, 16), Timed(8, 16), Timed(8, 384), Timed(0, 128), Timed(0, 480))
+#: Prompts are of the engine's own sizes (`batch.bucket_ladder`), else padding would count as costs.
+TIMED = (Timed(1, 16), Timed(8, 16), Timed(8, 384), Timed(0, 120), Timed(0, 480))
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ class FakeGpu:
     """What the fake driver knows of a GPU. A function named in `missing` raises that error."""
 
     uuid: str = "GPU-0"
+    name: str = "NVIDIA H100"
     temperature: int = 50
     slowdown: int = 90
     used: int = 1 << 30
@@ -78,8 +79,7 @@ class FakeNvml:
         return self._gpu("nvmlDeviceGetUUID", handle).uuid
 
     def nvmlDeviceGetName(self, handle):
-        self._gpu("nvmlDeviceGetName", handle)
-        return "NVIDIA H100"
+        return self._gpu("nvmlDeviceGetName", handle).name
 
     def nvmlDeviceGetMemoryInfo(self, handle):
         gpu = self._gpu("nvmlDeviceGetMemoryInfo", handle)

@@ -2,8 +2,9 @@
 
 import pytest
 
+from ryzanstein_jax.communication import Collective
 from ryzanstein_jax.planner.devices import DEVICES, Link
-from ryzanstein_jax.planner.links import all_gather, all_reduce, one_shot, ring, tree, two_shot
+from ryzanstein_jax.planner.links import all_gather, all_reduce, one_shot, ring, seconds, tree, two_shot
 
 #: Round numbers: 100 bytes a second, 50 in an all-reduce, 10 s to start, 1 s a message, 4 s a kernel.
 LINK = Link(bandwidth=100, bus_bandwidth=50, start=10, hop=1, kernel=4)
@@ -56,3 +57,15 @@ def test_h100_is_as_others_measured_it():
         assert 6e-6 <= all_reduce(size, 8, link)[1] <= 8e-6
     size = 1 << 30
     assert 2 * 7 / 8 * size / all_reduce(size, 8, link)[1] == pytest.approx(480e9, rel=0.02)
+
+
+def test_each_kind_by_its_law_or_as_it_was_measured():
+    assert seconds(Collective("all-reduce", 400, 4, 1), PCIE) == all_reduce(400, 4, PCIE)[1]
+    assert seconds(Collective("all-gather", 400, 4, 7), PCIE) == all_gather(400, 4, PCIE)
+    # Its result is a part of what goes in.
+    assert seconds(Collective("reduce-scatter", 100, 4, 1), PCIE) == all_gather(400, 4, PCIE)
+    measured = Link(100, 50, start=10, hop=1, measured={"reduce-scatter": (3.0, 0.5)})
+    assert seconds(Collective("reduce-scatter", 100, 4, 1), measured) == 3 + 0.5 * 400
+    assert seconds(Collective("all-reduce", 400, 4, 1), measured) == all_reduce(400, 4, measured)[1]
+    with pytest.raises(ValueError, match="all-to-all"):
+        seconds(Collective("all-to-all", 400, 4, 1), PCIE)

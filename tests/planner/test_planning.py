@@ -13,11 +13,13 @@ from ryzanstein_jax.cli import app
 from ryzanstein_jax.errors import ConfigError
 from ryzanstein_jax.memory import footprint
 from ryzanstein_jax.model.families import spec_from_config
-from ryzanstein_jax.planner import Step, compiled, plan, predict, usage
+from ryzanstein_jax.planner import Step, compiled, plan, predict, roofline
+from ryzanstein_jax.planner.calibration import Calibration, Measured, save_calibration
 from ryzanstein_jax.planner.devices import DEVICES
 from ryzanstein_jax.planner.shapes import SHAPES
 from ryzanstein_jax.planner.targets import verdicts
 from ryzanstein_jax.planner.usage import Setting, largest_batch, memory_use
+from tests.orchestrator.fake_nvml import FakeGpu, FakeNvml
 from tests.support import GOLDEN, golden_spec
 
 #: Published parameter counts, in billions.
@@ -112,6 +114,7 @@ def test_nothing_is_faster_than_ideal():
         ({"memory_fraction": 2}, "memory_fraction=2"),
         ({"max_num_batched_tokens": 15}, "max_num_batched_tokens=15"),
         ({"page_size": 0}, "page_size=0"),
+        ({"sharding": "rows"}, "sharding='rows'.*megatron, output, sequence"),
     ],
 )
 def test_what_is_out_of_range_is_refused_by_name(arguments, message):
@@ -151,6 +154,44 @@ def test_the_command_prints_and_writes(tmp_path):
     assert "<svg" in picture.read_text()
 
 
+def test_auto_is_the_gpu_that_is_here_or_else_what_was_calibrated(tmp_path, monkeypatch):
+    monkeypatch.setenv("RYZANSTEIN_CACHE", str(tmp_path))
+
+    def planned(*cards):
+        monkeypatch.setitem(sys.modules, "pynvml", FakeNvml(*(FakeGpu(name=card) for card in cards)))
+        return CliRunner().invoke(app, ["plan", "llama-3.2-1b", "--batch", "1", "--context", "64", "--json"])
+
+    for card, name in (
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA GeForce RTX 4090", "rtx4090"),
+    ):
+        assert {row["device"] for row in json.loads(planned(card, card).stdout)["rows"]} == {name}
+    # An H100 with another memory and other links is another device.
+    for cards, why in ((["NVIDIA H100 PCIe"], "no NVIDIA H100 PCIe"), ([], "there is no GPU")):
+        error = planned(*cards).exception
+        assert isinstance(error, ConfigError)
+        assert why in str(error) and "h100" in str(error) and "--calibrate" in str(error)
+    one = Measured(1, 40e9, ((1, 20e9),), {}, 1e-4)
+    save_calibration(Calibration("this machine", "cpu", "float32", 1 << 34, "now", {}, (one,)))
+    assert {row["device"] for row in json.loads(planned().stdout)["rows"]} == {"this"}
+    assert {row["device"] for row in json.loads(planned("NVIDIA B200").stdout)["rows"]} == {"b200"}
+
+
+@pytest.mark.parametrize("device", ["h200", "rtx4090"])
+def test_ways_to_shard_are_planned(device):
+    rows = {
+        name: plan("llama-3-8b", device, [8], [32], sharding=name).rows[0]
+        for name in ("megatron", "output", "sequence")
+    }
+    assert len({row.memory.weights for row in rows.values()}) == 1
+    # More collectives that wait, and for "output" more bytes too; arithmetic is the same.
+    assert rows["megatron"].step.communication < rows["sequence"].step.communication
+    assert rows["megatron"].step.communication < rows["output"].step.communication
+    assert len({row.step.device - row.step.communication for row in rows.values()}) == 1
+    assert rows["megatron"].prefill.communication < rows["output"].prefill.communication
+
+
 def test_the_model_agrees_with_what_others_measured():
     """Llama-2-7B, one stream, gpt-fast on 8 A100s with NCCL: 80%, 61% and 39% efficiency on 2, 4 and 8."""
     spec = spec_from_config(
@@ -169,5 +210,5 @@ def test_the_model_agrees_with_what_others_measured():
 
 def test_what_is_said_twice_is_the_same():
     """The planner cannot import what computes, because that imports JAX."""
-    assert usage._BLOCK == attention.BLOCK
+    assert roofline.BLOCK == attention.BLOCK
     assert compiled.MOST_PROMPTS == batch.MAX_PREFILLS

@@ -8,8 +8,16 @@ from ryzanstein_jax.communication import Collective
 from ryzanstein_jax.errors import ConfigError
 from ryzanstein_jax.model.families import spec_from_config
 from ryzanstein_jax.model.sizes import PaddedSizes
-from ryzanstein_jax.planner.devices import DEVICES, Device, Link
-from ryzanstein_jax.planner.roofline import Step, StepTime, predict, sampler_collectives, step_collectives, step_parts
+from ryzanstein_jax.planner.devices import DEVICES, Costs, Device, Link
+from ryzanstein_jax.planner.roofline import (
+    Step,
+    StepTime,
+    cost_units,
+    predict,
+    sampler_collectives,
+    step_collectives,
+    step_parts,
+)
 from tests.support import golden_spec
 
 #: 2 layers of 100 features, 4 heads of 25 with 2 KV heads, 60 in the MLP, 80 tokens.
@@ -95,12 +103,51 @@ def test_measured_rates_are_interpolated():
     assert [measured.rate("float32", rows) for rows in (1, 4, 6, 8, 99)] == [100, 100, 200, 300, 300]
 
 
-def test_measured_overhead_slows_all_but_communication():
+def test_costs_come_on_top_of_the_roofline():
+    step = Step(decodes=3, context=140, prefill=10, before=20)
+    sizes = PaddedSizes.of(SPEC, 2)
+    units = cost_units(SPEC, sizes, step, 4)
+    # Two blocks of 128 positions for each decode, keys and values of 26 features of the one KV head of a device.
+    assert units.layer == 2 and units.cache == 2 * 2 * 3 * 2 * 128 * 26 * 4
+    # A prompt token attends to what is before, and to half of the chunk and of a block.
+    assert units.prompt == 2 * 4 * 10 * (20 + (10 + 128) / 2) * 2 * 26
+    assert units.activation > 2 * 13 * 8 * 100 * 4
+    plain = predict(SPEC, SIMPLE, step, width=2, dtype="float32")
+    for name in ("layer", "activation", "prompt", "cache"):
+        device = dataclasses.replace(SIMPLE, costs=Costs(**{name: 2.0}))
+        slow = predict(SPEC, device, step, width=2, dtype="float32")
+        assert slow.device - plain.device == slow.other == pytest.approx(2 * getattr(units, name))
+    assert predict(SPEC, device, step, width=2, dtype="float32").limit == "other"
+
+
+def test_a_cpu_is_its_own_host():
     step = Step(decodes=3, context=40)
-    slower = dataclasses.replace(SIMPLE, overheads=((1, 1.0), (5, 3.0)))  # 2 at 3 tokens
-    plain, slow = (predict(SPEC, device, step, width=2, dtype="float32") for device in (SIMPLE, slower))
-    assert slow.communication == plain.communication
-    assert slow.device - slow.communication == pytest.approx(2 * (plain.device - plain.communication))
+    gpu, cpu = (dataclasses.replace(SIMPLE, host_seconds=1e9, platform=platform) for platform in ("gpu", "cpu"))
+    beside, on_top = (predict(SPEC, device, step, dtype="float32") for device in (gpu, cpu))
+    assert beside.total == 1e9 and on_top.total == 1e9 + beside.device
+    assert beside.limit == on_top.limit == "host"
+
+
+def test_the_ways_to_shard_send_what_they_say():
+    sizes = {name: PaddedSizes.of(SPEC, 2, name) for name in ("megatron", "output", "sequence")}
+    step = Step(decodes=4, context=40)
+    found = {name: step_collectives(SPEC, one, step, 4) for name, one in sizes.items()}
+    assert found["sequence"] == [
+        Collective("reduce-scatter", 4 * 50 * 4, 2, 5),
+        Collective("all-gather", 4 * 100 * 4, 2, 5),
+    ]
+    # Results, the heads before o and the MLP's inner values; 4 heads of 26 are 104 values.
+    assert found["output"] == [
+        Collective("all-reduce", 4 * 100 * 4, 2, 1),
+        Collective("all-gather", 4 * 100 * 4, 2, 4),
+        Collective("all-gather", 4 * 104 * 4, 2, 2),
+        Collective("all-gather", 4 * 60 * 4, 2, 2),
+    ]
+    odd = Step(decodes=3, context=40)
+    assert step_collectives(SPEC, sizes["sequence"], odd, 4) == step_collectives(SPEC, sizes["megatron"], odd, 4)
+    times = {name: predict(SPEC, SIMPLE, step, width=2, dtype="float32", sharding=name) for name in sizes}
+    # As many bytes; five collectives more, which start in a second each.
+    assert times["sequence"].communication - times["megatron"].communication == pytest.approx(5)
 
 
 def test_every_figure_has_a_source():
