@@ -156,8 +156,8 @@ def replicate(x: jax.Array) -> jax.Array:
 
 
 def _sharded_by_output(y_TD: jax.Array) -> jax.Array:
-    """Says that a product lies as its kernel does: for many tokens XLA would rather gather the kernel, for all to compute
-    all of it."""
+    """Says that a product lies as its kernel does: for many tokens XLA would rather gather that, and compute all of it
+    everywhere."""
     if jax.sharding.get_abstract_mesh().empty:
         return y_TD
     return jax.lax.with_sharding_constraint(y_TD, PartitionSpec(None, "tp"))
