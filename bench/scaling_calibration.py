@@ -70,7 +70,7 @@ def calibrate(width: int, dtype: str, budget: float = 0.1) -> tuple[Calibration,
 def device_of(calibration: Calibration, width: int, fits: Fits) -> Device:
     """A calibrated core as the planner's device, with the collectives of these sizes."""
     (one,) = calibration.widths
-    return replace(calibration, widths=(replace(one, collectives=_pairs(fits)),)).device(width)
+    return replace(calibration, widths=(replace(one, width=width, collectives=_pairs(fits)),)).device(width)
 
 
 def predicted(

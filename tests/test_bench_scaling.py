@@ -139,7 +139,7 @@ def test_widths_take_turns_and_the_first_round_does_not_count() -> None:
     [
         (FakeGroup(2, token=8), "only 0 of 8 first tokens"),
         (FakeGroup(2, length=2), "completions of"),
-        (FakeGroup(2, steps=3), "other steps at width 2"),
+        (FakeGroup(2, steps=3), "other steps at 2 than at 1"),
     ],
 )
 def test_wrong_results_fail(other: FakeGroup, message: str) -> None:
