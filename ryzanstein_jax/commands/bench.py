@@ -21,6 +21,7 @@ from ryzanstein_jax.machine import commit, describe_machine
 from ryzanstein_jax.start import parse_options
 
 bench = typer.Typer(no_args_is_help=True, help="Measures this machine.")
+_WIDE = 120
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 
 
@@ -71,7 +72,8 @@ def collectives(
         timeout=timeout,
         given=options.communication_environment() if options else {},
     )
-    console = Console(highlight=False, soft_wrap=True)
+    # Where the output is no terminal no column of the table is cut.
+    console = Console(highlight=False, soft_wrap=True, width=None if Console().is_terminal else _WIDE)
     machine = describe_machine()  # how busy it is before this begins
 
     def tell(event: Mapping[str, Any]) -> None:
