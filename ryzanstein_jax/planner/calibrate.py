@@ -40,6 +40,7 @@ _KERNEL = {"cpu": (1024, 4096), "gpu": (4096, 14336)}
 _ROWS = (1, 4, 8, 16, 32, 64, 128, 512)
 _SIZES = (4 << 10, 64 << 10, 1 << 20, 8 << 20)
 _REPEATS = 10
+_HOST = Timed(1, 8, 200)
 _SECONDS = 0.5  # about how long each of them is repeated
 #: What the whole is made to take. Compiling for the first width is in it, and the one thing that can't be cut short.
 SECONDS = 90.0
@@ -188,7 +189,7 @@ def _collectives(mesh: Mesh, dtype: np.dtype) -> dict[str, tuple[float, float]]:
 def _host_seconds(width: int) -> float:
     """Seconds of a step of a tiny model, one sequence decoding."""
     with _engine(TINY, width, max_num_seqs=1, max_num_batched_tokens=16) as engine:
-        return _decode_seconds(engine, Timed(1, 8, 200))
+        return _decode_seconds(engine, _HOST)
 
 
 def _step_seconds(width: int, dtype: str) -> list[float]:

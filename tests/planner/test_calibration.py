@@ -114,7 +114,7 @@ def test_the_prompts_that_are_timed_are_not_padded():
 
 @pytest.fixture
 def small(monkeypatch):
-    sizes = {"_PAIRS": 1, "_ROWS": (1, 8), "_SIZES": (4096, 262144), "_SECONDS": 0.01}
+    sizes = {"_PAIRS": 1, "_ROWS": (1, 8), "_SIZES": (4096, 262144), "_SECONDS": 0.01, "_HOST": Timed(1, 2, 4)}
     for name, value in (sizes | {"REFERENCE": TINY, "TIMED": (Timed(2, 4, 3), Timed(0, 16))}).items():
         monkeypatch.setattr(calibrate, name, value)
     monkeypatch.setattr(calibration, "TIMED", calibrate.TIMED)
