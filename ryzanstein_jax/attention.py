@@ -157,12 +157,13 @@ def attend_by_loops(q_TKQH, keys, values, plan, *, scale, window, softcap):  # t
     """What a step's tokens attend to, whose keys and values are in the pages: the reference."""
     decodes = plan.decode_lens.shape[0]
     update = partial(_update, scale=scale, softcap=softcap)
-    parts = []
+    out_TKQH = jnp.zeros_like(q_TKQH)
     if decodes:
-        parts.append(_decode(q_TKQH[:decodes], keys, values, plan, window, update))
+        decoded_DKQH = _decode(q_TKQH[:decodes], keys, values, plan, window, update)
+        out_TKQH = jnp.concatenate([decoded_DKQH, out_TKQH[decodes:]])
     if q_TKQH.shape[0] > decodes:
-        parts.append(_prefill(q_TKQH[decodes:], keys, values, plan, window, update))
-    return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+        out_TKQH = _prefill(q_TKQH, out_TKQH, keys, values, plan, window, update)
+    return out_TKQH
 
 
 def has_kernel(head_dim: int) -> bool:
@@ -235,7 +236,7 @@ def _decode(q_DKQH, keys, values, plan, window, update):  # type: ignore[no-unty
         if window is not None:
             seen_DL &= positions_DL >= begin_D[seqs_D][:, None]
         q_items = q_DKQH[seqs_D]
-        item_carry = update(_start(q_items), q_items, k_DKLH, v_DKLH, seen_DL[:, None, None])
+        item_carry = update(None, q_items, k_DKLH, v_DKLH, seen_DL[:, None, None])
         return _join(carry, item_carry, jnp.arange(decodes)[:, None] == seqs_D)
 
     carry = jax.lax.fori_loop(0, -(-num_items // decodes), body, carry)
@@ -260,20 +261,24 @@ def _join(carry, item_carry, owns_DI):  # type: ignore[no-untyped-def]
     return new_maximum, total * decay + added(item_total), values * decay + added(item_values)
 
 
-def _prefill(q_CKQH, keys, values, plan, window, update):  # type: ignore[no-untyped-def]
-    """A few tiles of queries at a time, against the pages up to the last query of any of them."""
+def _prefill(q_TKQH, out_TKQH, keys, values, plan, window, update):  # type: ignore[no-untyped-def]
+    """A few tiles of queries at a time, against the pages up to the last query of any of them.
+
+    Returns `out_TKQH` with the rows of the prompt tokens set.
+    """
+    decodes = plan.decode_lens.shape[0]
     page_size = keys.shape[2]
     span = pages_per_block(page_size) * page_size
     tables_NWP = _block_tables(plan.prefill_tables, page_size)
-    num_slots, queries, head_dim = q_CKQH.shape[1:]
+    num_tokens, num_slots, queries, head_dim = q_TKQH.shape
 
-    def group_body(group, out_CKQH):  # type: ignore[no-untyped-def]
+    def group_body(group, out_TKQH):  # type: ignore[no-untyped-def]
         starts_G, seqs_G, first_G, lens_G = (
             jax.lax.dynamic_slice_in_dim(x, group * TILES, TILES)
             for x in (plan.tile_starts, plan.tile_seqs, plan.tile_positions, plan.tile_lens)
         )
-        tokens_GB = starts_G[:, None] + jnp.arange(TILE)
-        q_GBKQH = jnp.take(q_CKQH, tokens_GB, axis=0, mode="clip")
+        tokens_GB = decodes + starts_G[:, None] + jnp.arange(TILE)
+        q_GBKQH = jnp.take(q_TKQH, tokens_GB, axis=0, mode="clip")
         q_GKXH = q_GBKQH.transpose(0, 2, 3, 1, 4).reshape(TILES, num_slots, queries * TILE, head_dim)
         positions_GB = first_G[:, None] + jnp.arange(TILE)
         begin = 0 if window is None else jnp.maximum(jnp.min(first_G) - window + 1, 0) // span
@@ -287,13 +292,15 @@ def _prefill(q_CKQH, keys, values, plan, window, update):  # type: ignore[no-unt
                 seen_GBL &= positions_L > positions_GB[:, :, None] - window
             return update(carry, q_GKXH, k_GKLH, v_GKLH, jnp.tile(seen_GBL, (1, queries, 1))[:, None])
 
-        out_GKXH = _finish(jax.lax.fori_loop(begin, end, block_body, _start(q_GKXH)), q_CKQH.dtype)
+        # The first block by itself: most groups have no more, and its running softmax needs no beginning.
+        carry = jax.lax.fori_loop(begin + 1, end, block_body, block_body(begin, None))
+        out_GKXH = _finish(carry, q_TKQH.dtype)
         out_GBKQH = out_GKXH.reshape(TILES, num_slots, queries, TILE, head_dim).transpose(0, 3, 1, 2, 4)
         # What runs over the end of a tile goes nowhere.
-        places_GB = jnp.where(jnp.arange(TILE) < lens_G[:, None], tokens_GB, q_CKQH.shape[0])
-        return out_CKQH.at[places_GB].set(out_GBKQH, mode="drop")
+        places_GB = jnp.where(jnp.arange(TILE) < lens_G[:, None], tokens_GB, num_tokens)
+        return out_TKQH.at[places_GB].set(out_GBKQH, mode="drop")
 
-    return jax.lax.fori_loop(0, -(-plan.num_tiles // TILES), group_body, jnp.zeros_like(q_CKQH))
+    return jax.lax.fori_loop(0, -(-plan.num_tiles // TILES), group_body, out_TKQH)
 
 
 def _block_tables(tables_NW: jax.Array, page_size: int) -> jax.Array:
@@ -341,17 +348,20 @@ def _start(q_NKXH: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 def _update(carry, q_NKXH, k_NKLH, v_NKLH, seen, *, scale, softcap):  # type: ignore[no-untyped-def]
-    """One block into the running softmax."""
-    maximum, total, values = carry
+    """One block into the running softmax; None is one that has seen nothing."""
     scores = jnp.einsum("nkxh,nklh->nkxl", q_NKXH, k_NKLH, preferred_element_type=jnp.float32) * scale
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     scores = jnp.where(seen, scores, _MASKED)
+    maximum = _NOTHING if carry is None else carry[0]
     new_maximum = jnp.maximum(maximum, jnp.max(scores, axis=-1, keepdims=True))
     weights = jnp.exp(scores - new_maximum)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    values = jnp.einsum("nkxl,nklh->nkxh", weights.astype(v_NKLH.dtype), v_NKLH, preferred_element_type=jnp.float32)
+    if carry is None:
+        return new_maximum, total, values
     decay = jnp.exp(maximum - new_maximum)
-    added = jnp.einsum("nkxl,nklh->nkxh", weights.astype(v_NKLH.dtype), v_NKLH, preferred_element_type=jnp.float32)
-    return new_maximum, total * decay + jnp.sum(weights, axis=-1, keepdims=True), values * decay + added
+    return new_maximum, carry[1] * decay + total, carry[2] * decay + values
 
 
 def _finish(carry: tuple[jax.Array, jax.Array, jax.Array], dtype: jnp.dtype) -> jax.Array:
