@@ -138,7 +138,7 @@ def _compressed_tensors(stated: _Stated) -> Quantization:
     """As llm-compressor writes it: every linear layer alike; of int8 the output projection may be one of them."""
     form, groups = stated.take("format"), stated.take("config_groups")
     ignored = _ignored(stated, "ignore")
-    none = (None, {})
+    none: tuple[Any, ...] = (None, {})
     stated.expect(
         {"kv_cache_scheme": (None,), "sparsity_config": none, "transform_config": none, "moe_sparsity_config": none}
     )
