@@ -187,7 +187,7 @@ def test_an_engine_that_fails_tells_every_waiter(golden):
             def fail():
                 raise ValueError("the device is gone")
 
-            model._executor.collect = fail
+            model.replicas[0].executor.collect = fail
             results = await asyncio.gather(*(model.generate(prompt, GREEDY) for _ in range(3)), return_exceptions=True)
             assert all(isinstance(r, EngineClosedError) and "the device is gone" in str(r) for r in results)
 
