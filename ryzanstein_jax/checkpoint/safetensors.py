@@ -104,7 +104,7 @@ class _File:
             dtype = DTYPES.get(entry["dtype"])
             if dtype is None:
                 raise WeightsError(
-                    "unsupported dtype of weights (quantized safetensors are not supported)",
+                    "unsupported dtype of weights",
                     file=path,
                     tensor=name,
                     expected=", ".join(DTYPES),

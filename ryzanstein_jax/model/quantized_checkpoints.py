@@ -127,7 +127,7 @@ def _own(stated: _Stated) -> Quantization:
     stated.done(("quant_method",))
     right = isinstance(roles, list) and isinstance(fine, list) and isinstance(zeros, bool)
     if known is None or not right or not set(map(str, fine)) <= set(map(str, roles)) <= set(known.roles):
-        stated.refuse()
+        stated.refuse("name, roles, fine or zeros")
     stated.whole_number("group", group, 0)
     if (known.name == "int8" and (group or zeros)) or (known.name == "fp8" and zeros):
         stated.refuse(f"group={group!r}")

@@ -107,7 +107,7 @@ ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         (raw({"a": ENTRY | {"shape": [1 << 40, 1 << 40]}}, bytes(8)), "not a readable"),
         (raw({"a": ENTRY | {"data_offsets": [8, 16]}}, bytes(8)), "not a readable"),
         (raw({"a": ENTRY | {"data_offsets": [0, 1 << 60]}}, bytes(8)), "not a readable"),
-        (raw({"a": {"dtype": "I32", "shape": [2], "data_offsets": [0, 8]}}, bytes(8)), "dtype.*found: I32"),
+        (raw({"a": {"dtype": "U32", "shape": [2], "data_offsets": [0, 8]}}, bytes(8)), "dtype.*found: U32"),
         (raw(b'{"a":%b,"a":%b}' % ((json.dumps(ENTRY).encode(),) * 2), bytes(8)), "twice|not a readable"),
     ],
 )
