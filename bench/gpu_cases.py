@@ -17,10 +17,14 @@ Config = dict[str, Any]
 PAGE_SIZE = 16
 #: The models' names in `planner.shapes`, where Llama 3.1's sizes are found under Llama 3's.
 SPEED_MODELS = {"llama-3.2-1b": "llama-3.2-1b", "llama-3.1-8b": "llama-3-8b"}
+#: What the benchmark's own models have in common.
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5,
+    "rope_theta": 1e4,
+}  # fmt: skip
 #: Compute-bound already at small batches, as that of `test_scaling`.
-WIDE = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 8192, "hidden_act": "silu",
-    "rms_norm_eps": 1e-5, "rope_theta": 1e4, "hidden_size": 2048, "num_hidden_layers": 2, "num_attention_heads": 16,
+WIDE = LLAMA | {
+    "vocab_size": 8192, "hidden_size": 2048, "num_hidden_layers": 2, "num_attention_heads": 16,
     "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 8192, "max_position_embeddings": 8192,
     "tie_word_embeddings": False,
 }  # fmt: skip

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bench.gpu_cases import PAGE_SIZE, Sizes, shard_config, shard_jobs, speed_jobs
+from bench.gpu_cases import LLAMA, PAGE_SIZE, Sizes, shard_config, shard_jobs, speed_jobs
 from bench.gpu_programs import (
     ForwardLoop,
     decode_plan,
@@ -47,11 +47,9 @@ from ryzanstein_jax.step import StepPrograms, StepShapes
 Emit = Callable[[str, Any], None]
 _TESTS = Path(__file__).resolve().parent.parent / "tests"
 #: A model whose heads the kernel knows, computed by the processor too.
-_SMALL = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 2048, "hidden_act": "silu",
-    "rms_norm_eps": 1e-5, "rope_theta": 1e4, "hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 6,
-    "num_key_value_heads": 2, "head_dim": 64, "intermediate_size": 512, "max_position_embeddings": 512,
-    "tie_word_embeddings": True,
+_SMALL = LLAMA | {
+    "vocab_size": 2048, "hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 6, "num_key_value_heads": 2,
+    "head_dim": 64, "intermediate_size": 512, "max_position_embeddings": 512, "tie_word_embeddings": True,
 }  # fmt: skip
 
 

@@ -14,6 +14,7 @@ Only what a box needs is read. Scales of fp8 activations (`input_scale`) are lef
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NoReturn
@@ -87,8 +88,8 @@ class PackedSource:
         return None, ""
 
 
-class _Module:
-    """One quantized module: `kinds` maps "", SCALE and ZERO to what reads a box of each."""
+class _Module(ABC):
+    """One quantized module: `kinds` maps "", SCALE and, of int4 only, ZERO to what reads a box of each."""
 
     def __init__(self, source: WeightSource, base: str, quantization: Quantization):
         self.source, self.base, self.quantization = source, base, quantization
@@ -97,22 +98,19 @@ class _Module:
         self.shape: tuple[int, ...] = ()
         self.dtype = INT4
         self.kinds: dict[str, Callable[[Box], np.ndarray]] = {"": self.weights, SCALE: self.scales}
-        if quantization.zeros:
-            self.kinds[ZERO] = self.zeros
         self.open()
 
+    @abstractmethod
     def open(self) -> None:
         """Checks the module's tensors and sets what is known of them."""
-        raise NotImplementedError
 
+    @abstractmethod
     def weights(self, box: Box) -> np.ndarray:
-        raise NotImplementedError
+        """int4 or float8 values [outputs, inputs] of a box."""
 
+    @abstractmethod
     def scales(self, box: Box) -> np.ndarray:
-        raise NotImplementedError
-
-    def zeros(self, box: Box) -> np.ndarray:
-        raise NotImplementedError
+        """float32 scales of a box: [outputs, groups], or [outputs] where an output has one."""
 
     @property
     def groups(self) -> int:
@@ -181,7 +179,20 @@ class _Module:
         return values[tuple(index)]
 
 
-class _PackQuantized(_Module):
+class _Int4Module(_Module):
+    """Values in groups, with zero points where the quantization has some."""
+
+    def __init__(self, source: WeightSource, base: str, quantization: Quantization):
+        super().__init__(source, base, quantization)
+        if quantization.zeros:
+            self.kinds[ZERO] = self.zeros
+
+    @abstractmethod
+    def zeros(self, box: Box) -> np.ndarray:
+        """int8 zero points of a box [outputs, groups]; asked for only where the quantization has some."""
+
+
+class _PackQuantized(_Int4Module):
     def open(self) -> None:
         word = np.dtype("<i4")
         self.kernel = self.use(".weight_packed", None, word)
@@ -206,7 +217,7 @@ class _PackQuantized(_Module):
         return found if self.quantization.group else found[:, 0]
 
 
-class _Columns(_Module):
+class _Columns(_Int4Module):
     """What AWQ and GPTQ share: scales and zero points by [group, output], the latter packed along the outputs."""
 
     places: np.ndarray | None = None
