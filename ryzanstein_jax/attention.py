@@ -1,6 +1,7 @@
 """Attention over pages: one dispatch point, and the reference in plain XLA that runs everywhere.
 
-NVIDIA GPUs have a kernel of their own, `paged_attention`; what follows is about the reference.
+NVIDIA GPUs have a kernel of their own, `paged_attention`, and CPUs another, `native.attention`; what follows is about
+the reference.
 
 The reference reads the pages in blocks with a running softmax, and only those in use: loop bounds are
 data, so no program depends on how long the context is. A decode token attends to *items*, the blocks of its
@@ -18,7 +19,6 @@ a block, P pages of a block, W page-table width, X whatever stands for queries.
 from __future__ import annotations
 
 import math
-import os
 from functools import partial
 from typing import NamedTuple
 
@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from ryzanstein_jax import kv_cache
+from ryzanstein_jax import kv_cache, native
 
 #: Queries in a tile of a prompt chunk, and positions of a block of pages; chosen by measurement on CPUs.
 TILE = 32
@@ -37,9 +37,6 @@ TILES = 4
 
 #: Decode tokens that a block must have in common for reading it once to pay.
 SHARERS = 8
-
-#: Of the environment; see `has_kernel`.
-ATTENTION_VARIABLE = "RYZANSTEIN_ATTENTION"
 
 #: Sizes of heads that `paged_attention` knows: Triton has powers of two only.
 KERNEL_HEADS = (16, 32, 64, 128, 256)
@@ -149,8 +146,14 @@ def attend(
 def _attend_shard(q_TKQH, k_TKH, v_TKH, keys, values, plan, *, scale, window, softcap):  # type: ignore[no-untyped-def]
     keys = kv_cache.write(keys, k_TKH, plan.slots_T)
     values = kv_cache.write(values, v_TKH, plan.slots_T)
-    compute = attend_by_kernel if has_kernel(keys.shape[-1]) else attend_by_loops
-    return compute(q_TKQH, keys, values, plan, scale=scale, window=window, softcap=softcap), keys, values
+    settings = {"scale": scale, "window": window, "softcap": softcap}
+    if has_kernel(keys.shape[-1]):
+        out_TKQH = attend_by_kernel(q_TKQH, keys, values, plan, **settings)
+    elif kernel := native_kernel(q_TKQH, keys, **settings):
+        out_TKQH = attend_by_native(kernel, q_TKQH, keys, values, plan)
+    else:
+        out_TKQH = attend_by_loops(q_TKQH, keys, values, plan, **settings)
+    return out_TKQH, keys, values
 
 
 def attend_by_loops(q_TKQH, keys, values, plan, *, scale, window, softcap):  # type: ignore[no-untyped-def]
@@ -167,14 +170,39 @@ def attend_by_loops(q_TKQH, keys, values, plan, *, scale, window, softcap):  # t
 
 
 def has_kernel(head_dim: int) -> bool:
-    """Whether `paged_attention` computes it: the mesh in use is of NVIDIA GPUs, and heads have a size that it knows.
-
-    `$RYZANSTEIN_ATTENTION` set to "portable" turns it off.
-    """
+    """Whether `paged_attention` computes it: the mesh in use is of NVIDIA GPUs, and heads have a size that it knows."""
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     if device is None or not device.device_kind.startswith("NVIDIA"):
         return False
-    return head_dim in KERNEL_HEADS and os.environ.get(ATTENTION_VARIABLE) != "portable"
+    return head_dim in KERNEL_HEADS and native.wanted()
+
+
+def native_kernel(q_TKQH, keys, *, scale, window, softcap):  # type: ignore[no-untyped-def]
+    """The `native.attention.Attention` that computes it: where the mesh in use is of CPUs, and sizes fit; else None."""
+    lanes = native.lanes()
+    if not lanes or q_TKQH.dtype != keys.dtype:
+        return None
+    from ryzanstein_jax.native.attention import Attention
+
+    kernel = Attention(
+        head_dim=q_TKQH.shape[3],
+        queries=q_TKQH.shape[2],
+        page_size=keys.shape[2],
+        tile=TILE,
+        dtype=str(keys.dtype),
+        scale=scale,
+        window=window,
+        softcap=softcap,
+    )
+    return kernel if kernel.runs_with(lanes) else None
+
+
+def attend_by_native(kernel, q_TKQH, keys, values, plan):  # type: ignore[no-untyped-def]
+    """As `attend_by_loops`, by a kernel from `native_kernel`."""
+    return jax.ffi.ffi_call(native.register(kernel), jax.ShapeDtypeStruct(q_TKQH.shape, q_TKQH.dtype))(
+        q_TKQH, keys, values, plan.decode_tables, plan.decode_lens, plan.prefill_tables,
+        plan.tile_starts, plan.tile_seqs, plan.tile_positions, plan.tile_lens,
+    )  # fmt: skip
 
 
 def attend_by_kernel(q_TKQH, keys, values, plan, **settings):  # type: ignore[no-untyped-def]

@@ -38,7 +38,7 @@ import jaxlib
 from jax.experimental import serialize_executable
 from jax.sharding import Mesh
 
-from ryzanstein_jax.attention import ATTENTION_VARIABLE
+from ryzanstein_jax import native
 from ryzanstein_jax.cache import check_private, private_folder
 
 _LOG = logging.getLogger(__name__)
@@ -90,7 +90,8 @@ class ExecutableStore:
         if entry is None:
             return None
         try:
-            serialized, in_tree, out_tree = pickle.loads(entry[1])
+            serialized, in_tree, out_tree, kernels = pickle.loads(entry[1])
+            native.register_all(kernels)
             devices = list(mesh.devices.flat)
             return serialize_executable.deserialize_and_load(
                 serialized, in_tree, out_tree, backend=_client(mesh), execution_devices=devices
@@ -121,7 +122,7 @@ class ExecutableStore:
         try:
             analysis = compiled.memory_analysis()
             temporaries = _TEMPORARIES.pack(-1 if analysis is None else int(analysis.temp_size_in_bytes))
-            payload = pickle.dumps(serialize_executable.serialize(compiled))
+            payload = pickle.dumps((*serialize_executable.serialize(compiled), native.registered()))
         except Exception as error:  # noqa: BLE001 - backends refuse in many ways; the program itself is fine
             _LOG.warning("this program cannot be kept for the next start: %r", error)
             return False
@@ -222,12 +223,12 @@ def environment_of(mesh: Mesh) -> dict[str, object]:
         "devices": [(device.id, device.process_index, device.device_kind) for device in mesh.devices.flat],
         "local_devices": [device.id for device in jax.local_devices()],
         "mesh": (mesh.axis_names, mesh.devices.shape, mesh.axis_types),
-        "flags": [os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS", ATTENTION_VARIABLE)],
+        "flags": [os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS", native.KERNELS_VARIABLE)],
         "config": {name: value for name, value in jax.config.values.items() if not name.startswith(_IRRELEVANT)},
         "sources": sources_digest(),
     }
     if client.platform == "cpu":
-        found["host"] = _host_processor()
+        found["host"], found["native"] = _host_processor(), native.versions()
     return found
 
 

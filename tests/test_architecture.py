@@ -29,7 +29,7 @@ LEFT_OUT = (
 )  # fmt: skip
 
 #: Parts of the package that an extra brings the dependencies of.
-EXTRAS = {"server": "serve", "server.tracing": "otel"}
+EXTRAS = {"native": "cpu", "server": "serve", "server.tracing": "otel"}
 
 #: Where what is imported is called otherwise than what is installed.
 DISTRIBUTIONS = {

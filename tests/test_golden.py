@@ -9,8 +9,10 @@ from ryzanstein_jax.batch import Bucket
 from ryzanstein_jax.config import EngineConfig
 from ryzanstein_jax.engine.engine import Engine
 from ryzanstein_jax.engine.runner import Runner
+from ryzanstein_jax.native import KERNELS_VARIABLE
 from ryzanstein_jax.request import PoolingParams, SamplingParams
 from ryzanstein_jax.step import StepPrograms
+from tests.native.processors import PROCESSORS, on
 from tests.support import (
     FAMILIES,
     GOLDEN,
@@ -67,7 +69,10 @@ def test_other_shardings_compute_the_same(family: str, width: int, sharding: str
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_family(family: str) -> None:
+def test_family(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By XLA's operations alone, as on every machine without kernels of our own."""
+    monkeypatch.setenv(KERNELS_VARIABLE, "portable")
+
     def build(width: int) -> tuple[StepPrograms, Forward]:
         programs = programs_of(family, width)
         return programs, Forward(programs, load(programs, GOLDEN / family))
@@ -81,6 +86,18 @@ def test_family(family: str) -> None:
             for width in (1, 2, 8):
                 embed(family, *built[width])
         run_engine(family, *built[WIDTHS[FAMILIES.index(family) % len(WIDTHS)]])
+
+
+@pytest.mark.parametrize("lanes", list(PROCESSORS)[:1])
+@pytest.mark.parametrize(("family", "width"), [("llama", 1), ("smollm2", 2), ("gemma2", 4), ("gemma3", 1), ("phi3", 8)])
+def test_family_with_kernels_for_cpus(family: str, width: int, lanes: int) -> None:
+    """With vectors so short that they divide the pages and heads of models as small as these."""
+    with small_blocks(8, 8), on(lanes):
+        programs = programs_of(family, width)
+        assert "ryzanstein.Attention" in programs.lower_forward(BUCKET).as_text()
+        forward = Forward(programs, load(programs, GOLDEN / family))
+        run_script(family, forward)
+        run_engine(family, programs, forward)
 
 
 def run_script(family: str, forward: Forward) -> None:

@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ryzanstein_jax.attention import ATTENTION_VARIABLE, TILE, attend, attend_by_kernel, has_kernel
-from ryzanstein_jax.batch import Bucket, StepLayout, attention_plan
+from ryzanstein_jax.attention import TILE, attend, attend_by_kernel, has_kernel
+from ryzanstein_jax.batch import attention_plan
+from ryzanstein_jax.native import KERNELS_VARIABLE
 from ryzanstein_jax.paged_attention import Schedule
-from tests.support import make_plan, quick_compiles
+from tests.ragged import Ragged
+from tests.support import quick_compiles
 
-PAGE, LONGEST = 16, 512
 #: Decode tokens by position, and prompt chunks by (first position, length).
 STEPS = {
     "decodes": ([0, 511, 63, 64, 200], []),
@@ -20,39 +21,21 @@ STEPS = {
 }
 
 
-def run(step, *, slots, queries, head_dim, dtype=np.float32, window=None, softcap=None):
+def run(step, *, window=None, softcap=None, **sizes):
     """What the kernel and the portable path give for the step's tokens, and the tokens that are no padding."""
-    decodes, chunks = step
-    bucket = Bucket(8 if decodes else 0, 192 if chunks else 0, 4 if chunks else 0, 200)
-    layout = StepLayout(bucket, PAGE, LONGEST // PAGE)
-    rng = np.random.default_rng(len(decodes))
-    count, width = len(decodes) + len(chunks), LONGEST // PAGE
-    tables = rng.permutation(np.arange(1, 1 + count * width)).reshape(count, width)
-    tokens = np.zeros(LONGEST, np.int32)
-    plan = make_plan(
-        [(tokens, tables[row], position) for row, position in enumerate(decodes)],
-        [(tokens, tables[len(decodes) + row], begin, begin + size) for row, (begin, size) in enumerate(chunks)],
-    )
-    cache = (1 + count * width, slots, PAGE, head_dim)
-    keys, values = (jnp.asarray(rng.standard_normal(cache), dtype) for _ in range(2))
-    # Of a page that nobody owns, nothing may come through.
-    keys, values = keys.at[0].set(jnp.nan), values.at[0].set(jnp.nan)
-    q = jnp.asarray(rng.standard_normal((bucket.tokens, slots, queries, head_dim)), dtype)
-    k, v = (jnp.asarray(rng.standard_normal((bucket.tokens, slots, head_dim)), dtype) for _ in range(2))
+    given = Ragged(*step, **sizes, stale=1.0)
 
     def both(flat, q, k, v, keys, values):
-        fields = attention_plan(layout.unpack(flat))
-        settings = {"scale": head_dim**-0.5, "window": window, "softcap": softcap}
-        out, keys, values = attend(q, k, v, keys.at[0].set(0), values.at[0].set(0), fields, **settings)
-        # The pages as the portable path left them, but for the one that padding was written to.
+        fields = attention_plan(given.layout.unpack(flat))
+        settings = {"scale": q.shape[-1] ** -0.5, "window": window, "softcap": softcap}
+        out, keys, values = attend(q, k, v, keys, values, fields, **settings)
+        # Of the page that nobody owns, which padding is written to, nothing may come through.
         keys, values = keys.at[0].set(jnp.nan), values.at[0].set(jnp.nan)
         return attend_by_kernel(q, keys, values, fields, **settings, interpret=True), out
 
     with quick_compiles():
-        found, wanted = jax.jit(both)(layout.pack(plan), q, k, v, keys, values)
-    d, c = plan.num_decodes, plan.num_prefill_tokens
-    real = [*range(d), *range(bucket.decodes, bucket.decodes + c)]
-    return np.asarray(found, np.float32), np.asarray(wanted, np.float32), real
+        found, wanted = jax.jit(both)(given.flat, given.q, given.k, given.v, given.keys, given.values)
+    return np.asarray(found, np.float32), np.asarray(wanted, np.float32), given.real
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -100,5 +83,5 @@ def test_gpus_and_heads_that_have_the_kernel(monkeypatch):
     assert on("NVIDIA H100 80GB HBM3")(128) and on("NVIDIA A100-SXM4-80GB")(64)
     assert not on("NVIDIA H100 80GB HBM3")(96), "Triton's arrays have powers of two only"
     assert not on("cpu")(128) and not on(None)(128)
-    monkeypatch.setenv(ATTENTION_VARIABLE, "portable")
+    monkeypatch.setenv(KERNELS_VARIABLE, "portable")
     assert not on("NVIDIA H100 80GB HBM3")(128)

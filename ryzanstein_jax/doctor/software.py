@@ -55,6 +55,19 @@ def check_jax(section: Section, place: Place) -> None:
     section.facts["libraries"] = found
     if found:
         section.ok(", ".join(f"{name} {version}" for name, version in found.items()))
+    if cuda is None:
+        _check_kernels(section, versions.get("llvmlite"), place)
+
+
+def _check_kernels(section: Section, version: str | None, place: Place) -> None:
+    """What CPUs compute with."""
+    if place.environ.get("RYZANSTEIN_KERNELS") == "portable":
+        section.warn("RYZANSTEIN_KERNELS=portable: CPUs compute with XLA's operations only", "unset RYZANSTEIN_KERNELS")
+    elif version is None:
+        section.warn("llvmlite is not installed: CPUs compute with XLA's operations only, more slowly",
+                     "pip install 'ryzanstein-jax[cpu]'")  # fmt: skip
+    else:
+        section.ok(f"llvmlite {version}, for the kernels of CPUs")
 
 
 def _wheels(name: str, cuda: int | None) -> tuple[str, ...]:

@@ -52,6 +52,16 @@ def test_a_newer_jax_than_tested_is_a_warning():
     assert worst(look(software.check_jax, Place, versions=newer)) == WARNING
 
 
+def test_kernels_for_cpus():
+    cpu = {"jax": "0.12.0", "jaxlib": "0.12.0"}
+    slower = look(software.check_jax, Place, versions=cpu)
+    assert worst(slower) == WARNING and slower.findings[-1].remedy == "pip install 'ryzanstein-jax[cpu]'"
+    assert worst(look(software.check_jax, Place, versions=cpu | {"llvmlite": "0.50.0"})) == OK
+    off = {"RYZANSTEIN_KERNELS": "portable"}
+    assert worst(look(software.check_jax, Place, versions=cpu | {"llvmlite": "0.50.0"}, environ=off)) == WARNING
+    assert worst(look(software.check_jax, Place, versions=GOOD, environ=off)) == OK
+
+
 @pytest.mark.parametrize(("version", "status"), [((3, 10, 1), PROBLEM), ((3, 12, 0), OK), ((3, 15, 0), WARNING)])
 def test_the_interpreter(version, status):
     assert worst(look(software.check_python, version)) == status
