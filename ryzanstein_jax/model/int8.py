@@ -13,6 +13,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from ryzanstein_jax.native import calls
+
 LARGEST = 127.0
 #: The rest of a rounding is at most half a step, which a second digit cuts into 127.
 FINER = 2 * LARGEST
@@ -74,7 +76,9 @@ def with_two_rows(dot: Callable[[jax.Array, jax.Array], jax.Array], x_TI: jax.Ar
     return jax.lax.platform_dependent(x_TI, kernel_OI, cpu=doubled, default=dot)
 
 
-def product(x_TI: jax.Array, kernel_OI: jax.Array, scale_O: jax.Array, digits: int) -> jax.Array:
+def product(
+    x_TI: jax.Array, kernel_OI: jax.Array, scale_O: jax.Array, digits: int, *, sharded: str | None = None
+) -> jax.Array:
     """x (k c)^T, float32.
 
     Args:
@@ -82,6 +86,10 @@ def product(x_TI: jax.Array, kernel_OI: jax.Array, scale_O: jax.Array, digits: i
         kernel_OI: int8 [O, I].
         scale_O: float32 [O], of each output channel.
         digits: of the activations.
+        sharded: "outputs", if these lie sharded over the mesh.
     """
+    found = calls.sharded_integer_product(x_TI, kernel_OI, scale_O, digits, FINER, sharded)
+    if found is not None:
+        return found
     q, scales = quantize_tokens(x_TI, digits)
     return scaled(integer_product(q, kernel_OI), scales, scale_O)

@@ -47,8 +47,9 @@ def kernel_params(
 
 
 def quantized_product(
-    x_TI: jax.Array, kernel: jax.Array, scale: jax.Array, zero: jax.Array | None, scheme: Scheme
-) -> jax.Array:
+    x_TI: jax.Array, kernel: jax.Array, scale: jax.Array, zero: jax.Array | None, scheme: Scheme,
+    *, sharded: str | None = None,
+) -> jax.Array:  # fmt: skip
     """x W^T of a quantized kernel, float32 [T, O].
 
     Args:
@@ -56,13 +57,14 @@ def quantized_product(
         kernel: [output..., input...], as many values in the inputs as those of a token.
         scale, zero: as `kernel_params` makes them.
         scheme: of the kernel.
+        sharded: "outputs", if these lie sharded over the mesh.
     """
     x_TI = x_TI.reshape(x_TI.shape[0], -1)
     inputs = x_TI.shape[1]
     kernel_OI = kernel.reshape(-1, inputs)
     outputs = kernel_OI.shape[0]
     if scheme.kind == "int8":
-        return int8.product(x_TI, kernel_OI, scale.reshape(outputs), scheme.digits)
+        return int8.product(x_TI, kernel_OI, scale.reshape(outputs), scheme.digits, sharded=sharded)
     if scheme.group:
         zero = zero if zero is None else zero.reshape(outputs, -1)
         return grouped.product(x_TI, kernel_OI, scale.reshape(outputs, -1), zero)

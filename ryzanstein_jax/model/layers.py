@@ -24,6 +24,7 @@ from ryzanstein_jax.model.int8 import with_two_rows
 from ryzanstein_jax.model.kernels import experts_product, kernel_params, param, quantized_product
 from ryzanstein_jax.model.quantization import Scheme
 from ryzanstein_jax.model.spec import MoeSpec, RopeSpec
+from ryzanstein_jax.native import calls
 
 
 def activation(name: str) -> Callable[[jax.Array], jax.Array]:
@@ -38,12 +39,22 @@ def activation(name: str) -> Callable[[jax.Array], jax.Array]:
 _FEW_ROWS = 64
 
 
-def product(x_TI: jax.Array, kernel_OI: jax.Array) -> jax.Array:
-    """x W^T. Both are matrices: of a kernel with more dimensions XLA would
-    make a transposed copy each time."""
+def product(x_TI: jax.Array, kernel_OI: jax.Array, dtype: Any = None, *, sharded: str | None = None) -> jax.Array:
+    """x W^T. Both are matrices: of a kernel with more dimensions XLA would make a transposed copy each time.
+
+    Args:
+        x_TI, kernel_OI: of one dtype.
+        dtype: of the result; None is that of the operands.
+        sharded: "outputs" or "inputs", which dimension of the kernel lies sharded over the mesh. Inputs of `x_TI` lie
+            as those of the kernel, and the products of the devices are added up.
+    """
+    dtype = x_TI.dtype if dtype is None else dtype
+    found = calls.sharded_product(x_TI, kernel_OI, dtype, sharded)
+    if found is not None:
+        return found
 
     def plain(x_TI: jax.Array, kernel_OI: jax.Array) -> jax.Array:
-        return jax.lax.dot_general(x_TI, kernel_OI, (((1,), (1,)), ((), ())))
+        return jax.lax.dot_general(x_TI, kernel_OI, (((1,), (1,)), ((), ())), preferred_element_type=dtype)
 
     def kernel_first(x_TI: jax.Array, kernel_OI: jax.Array) -> jax.Array:
         # Without the barrier XLA would put the transposed product back into the first form.
@@ -81,10 +92,11 @@ class ColumnParallelLinear(nnx.Module):
     def __call__(self, x_TD: jax.Array) -> jax.Array:
         kernel = self.kernel[...]
         if self.scheme is None or self.kernel_scale is None:
-            y = product(x_TD, kernel.reshape(-1, kernel.shape[-1]))
+            y = product(x_TD, kernel.reshape(-1, kernel.shape[-1]), sharded="outputs")
         else:
             zero = None if self.kernel_zero is None else self.kernel_zero[...]
-            y = quantized_product(x_TD, kernel, self.kernel_scale[...], zero, self.scheme).astype(x_TD.dtype)
+            y = quantized_product(x_TD, kernel, self.kernel_scale[...], zero, self.scheme, sharded="outputs")
+            y = y.astype(x_TD.dtype)
         y = y.reshape(-1, *kernel.shape[:-1])
         return y if self.bias is None else y + self.bias[...]
 
@@ -131,7 +143,7 @@ class RowParallelLinear(nnx.Module):
         elif scatter:
             y_TD = _summed_over_shards(_row_product, (x, 1), (kernel, 1), scatter=True)
         else:
-            y_TD = _row_product(x, kernel)
+            y_TD = _row_product(x, kernel, "outputs" if self.sharding == "output" else "inputs")
             if self.sharding == "output":
                 y_TD = _sharded_by_output(y_TD)
             y_TD = replicate(y_TD)
@@ -144,8 +156,8 @@ class RowParallelLinear(nnx.Module):
         return quantized_product(x, kernel, scale, zero, self.scheme).astype(x.dtype)
 
 
-def _row_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    return product(x.reshape(x.shape[0], -1), kernel.reshape(kernel.shape[0], -1))
+def _row_product(x: jax.Array, kernel: jax.Array, sharded: str | None = None) -> jax.Array:
+    return product(x.reshape(x.shape[0], -1), kernel.reshape(kernel.shape[0], -1), sharded=sharded)
 
 
 def replicate(x: jax.Array) -> jax.Array:
@@ -225,14 +237,8 @@ class VocabParallelEmbedding(nnx.Module):
     def logits(self, x_RD: jax.Array) -> jax.Array:
         """float32 [R, V], sharded over V."""
         if self.scheme is not None and self.table_scale is not None:
-            return quantized_product(x_RD, self.table[...], self.table_scale[...], None, self.scheme)
-        if x_RD.dtype == jnp.float32:
-            return product(x_RD, self.table[...])
-
-        def dot(x_RD: jax.Array, table_VD: jax.Array) -> jax.Array:
-            return jax.lax.dot_general(x_RD, table_VD, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-
-        return with_two_rows(dot, x_RD, self.table[...])
+            return quantized_product(x_RD, self.table[...], self.table_scale[...], None, self.scheme, sharded="outputs")
+        return product(x_RD, self.table[...], jnp.float32, sharded="outputs")
 
 
 class RMSNorm(nnx.Module):
