@@ -10,7 +10,7 @@ from bench.our_worker import OurWorker
 from bench.protocol import serve
 from ryzanstein_jax import LLM, SamplingParams
 from ryzanstein_jax.batch import bucket_ladder
-from ryzanstein_jax.plan import StepPlan, StepResult
+from ryzanstein_jax.plan import StepPlan, StepResult, most_prompt_tokens
 
 #: The benchmark stops the processes of an engine while another one is measured: nobody may take them for hung.
 PATIENT = {"heartbeat_timeout_sec": 1e5, "health_check_interval_sec": 1e5}
@@ -22,9 +22,9 @@ class ScalingWorker(OurWorker):
     def start(self, model: str, **settings: Any) -> dict[str, Any]:
         """Loads a model onto worker processes; `settings` are fields of `EngineConfig`, with lengths and batches."""
         self._llm = LLM(model, progress=False, executor="processes", orchestrator=PATIENT, **settings)
-        self._buckets = bucket_ladder(
-            settings["max_num_seqs"], min(settings["max_num_batched_tokens"], settings["max_model_len"])
-        )
+        sequences = settings["max_num_seqs"]
+        prompt_tokens = most_prompt_tokens(settings["max_num_batched_tokens"], sequences, settings["max_model_len"])
+        self._buckets = bucket_ladder(sequences, prompt_tokens)
         self._programs = self._llm.collectives()
         self._watch()
         return {}

@@ -14,10 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ryzanstein_jax.attention import SHARERS, TILE, AttentionPlan, max_items, max_shared, max_tiles, pages_per_block
-from ryzanstein_jax.plan import BIAS, ROW, StepPlan
-
-#: Most prompt chunks in one step.
-MAX_PREFILLS = 16
+from ryzanstein_jax.plan import BIAS, MAX_PREFILLS, ROW, StepPlan
 
 
 @dataclass(frozen=True, order=True)

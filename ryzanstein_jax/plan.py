@@ -42,10 +42,18 @@ ROW = np.dtype(
 #: One biased logit of a row: minus infinity bans a token.
 BIAS = np.dtype([("row", "<i4"), ("token", "<i4"), ("value", "<f4")])
 
+#: Most prompt chunks in one step.
+MAX_PREFILLS = 16
+
 _MAGIC = b"RYZP"
 _HEADER = struct.Struct("<4sHHQqqqqqqqqq")
 _VERSION = 2
 MAX_PLAN_BYTES = 256 << 20
+
+
+def most_prompt_tokens(max_num_batched_tokens: int, max_num_seqs: int, max_model_len: int) -> int:
+    """Prompt tokens that a step has room for: as many as asked for, or as its chunks can bring together."""
+    return min(max_num_batched_tokens, min(MAX_PREFILLS, max_num_seqs) * max_model_len)
 
 
 class PlanFormatError(RyzansteinError, ValueError):

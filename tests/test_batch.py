@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ryzanstein_jax.attention import TILE, TILES, max_tiles
-from ryzanstein_jax.batch import MAX_PREFILLS, Bucket, FullRowLayout, RowLayout, StepLayout, bucket_ladder
-from ryzanstein_jax.plan import BIAS, ROW, StepPlan
+from ryzanstein_jax.batch import Bucket, FullRowLayout, RowLayout, StepLayout, bucket_ladder
+from ryzanstein_jax.plan import BIAS, MAX_PREFILLS, ROW, StepPlan, most_prompt_tokens
 from tests.support import make_plan
 
 PAGE = 4
@@ -43,6 +43,14 @@ def test_ladder_holds_every_plan_within_the_limits(max_num_seqs, max_prefill_tok
     assert chosen is not None
     assert all(bucket.tokens >= chosen.tokens for bucket in ladder if bucket.holds(plan))
     assert sum(-(-length // TILE) for length in lengths) <= max_tiles(chosen.prefill_tokens, chosen.prefills)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "sequences", "longest", "most"),
+    [(512, 256, 8192, 512), (512, 256, 80, 512), (512, 256, 16, 256), (512, 4, 80, 320), (512, 1, 80, 80)],
+)
+def test_a_step_has_room_for_several_prompts(tokens, sequences, longest, most):
+    assert most_prompt_tokens(tokens, sequences, longest) == most
 
 
 def test_ladder_is_small():

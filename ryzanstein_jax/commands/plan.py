@@ -97,13 +97,13 @@ def _compile(made: Any) -> list[tuple[Any, Any]]:
     from ryzanstein_jax.planner.shapes import config_of
 
     setting = made.setting
+    batch = max(row.batch for row in made.rows)
     jobs = [
         job
         for device, width in dict.fromkeys((row.device, row.width) for row in made.rows)
         for job in engine_jobs(
-            device, width, max(row.batch for row in made.rows), context=setting.context, page_size=setting.page_size,
-            prefill=min(setting.max_num_batched_tokens, setting.context), dtype=made.dtype,
-            sharding=setting.sharding,
+            device, width, batch, context=setting.context, page_size=setting.page_size,
+            prefill=setting.prompt_tokens(batch), dtype=made.dtype, sharding=setting.sharding,
         )
     ]  # fmt: skip
     return [(found, expected(made.spec, found.job)) for found in compile_jobs(config_of(made.model), jobs)]

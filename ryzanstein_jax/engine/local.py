@@ -43,7 +43,7 @@ from ryzanstein_jax.model.params import ParamSpec, param_specs
 from ryzanstein_jax.model.quantization import Quantization
 from ryzanstein_jax.model.quantized_checkpoints import quantization_config
 from ryzanstein_jax.model.spec import ModelSpec
-from ryzanstein_jax.plan import StepPlan, StepResult
+from ryzanstein_jax.plan import StepPlan, StepResult, most_prompt_tokens
 from ryzanstein_jax.program_table import BackgroundLoader
 from ryzanstein_jax.request import MAX_STOPS
 from ryzanstein_jax.sharding import Collective, PaddedSizes, collectives, make_mesh
@@ -103,7 +103,8 @@ class LocalExecutor:
         max_model_len = config.max_model_len or spec.max_position_embeddings
 
         began = time.perf_counter()
-        buckets = bucket_ladder(config.max_num_seqs, min(config.max_num_batched_tokens, max_model_len))
+        prompt_tokens = most_prompt_tokens(config.max_num_batched_tokens, config.max_num_seqs, max_model_len)
+        buckets = bucket_ladder(config.max_num_seqs, prompt_tokens)
         max_rows = max(bucket.sampled_rows for bucket in buckets)
         shapes = StepShapes(
             buckets=tuple(buckets),

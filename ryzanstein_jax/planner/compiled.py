@@ -16,12 +16,11 @@ from ryzanstein_jax.errors import ConfigError, RyzansteinError
 from ryzanstein_jax.model.families import spec_from_config
 from ryzanstein_jax.model.sizes import PaddedSizes
 from ryzanstein_jax.model.spec import ModelSpec
+from ryzanstein_jax.plan import MAX_PREFILLS
 from ryzanstein_jax.planner.gpu_targets import target_config
 from ryzanstein_jax.planner.roofline import Step, sampler_collectives, step_collectives
 from ryzanstein_jax.planner.usage import pages, temporaries
 
-#: Of one step (`batch.MAX_PREFILLS`, which needs JAX).
-MOST_PROMPTS = 16
 #: Where the compiler of GPU programs is; what it needs besides is in `nvidia`.
 _PLUGINS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
 
@@ -64,7 +63,7 @@ class Job:
     @property
     def prompts(self) -> int:
         """Prompts that its tokens may be of."""
-        return min(MOST_PROMPTS, self.prefill)
+        return min(MAX_PREFILLS, self.prefill)
 
     @property
     def name(self) -> str:

@@ -8,6 +8,7 @@ from ryzanstein_jax.config import SHARDINGS
 from ryzanstein_jax.errors import ConfigError
 from ryzanstein_jax.model.sizes import PaddedSizes
 from ryzanstein_jax.model.spec import ModelSpec
+from ryzanstein_jax.plan import most_prompt_tokens
 from ryzanstein_jax.planner.devices import Device
 from ryzanstein_jax.planner.roofline import BLOCK
 
@@ -49,6 +50,10 @@ class Setting:
             raise ConfigError(
                 "memory_fraction", self.memory_fraction, "use a number above 0 and at most 1, such as 0.9"
             )
+
+    def prompt_tokens(self, batch: int) -> int:
+        """Prompt tokens that a step of an engine with `batch` sequences has room for."""
+        return most_prompt_tokens(self.max_num_batched_tokens, batch, self.context)
 
 
 @dataclass(frozen=True)
@@ -116,7 +121,7 @@ def memory_use(
     return MemoryUse(
         weights=sizes.weight_bytes_per_device(spec, itemsize),
         kv_cache=held * sizes.page_bytes(spec, setting.page_size, itemsize),
-        temporaries=temporaries(spec, sizes, batch, min(setting.max_num_batched_tokens, setting.context), itemsize),
+        temporaries=temporaries(spec, sizes, batch, setting.prompt_tokens(batch), itemsize),
         logits=4 * batch * sizes.vocab * 4,
         budget=int(device.memory * fraction),
         card=device.memory,

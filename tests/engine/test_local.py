@@ -267,6 +267,23 @@ def test_what_cannot_fit_is_refused_before_loading(monkeypatch, settings, error,
         start()
 
 
+def test_one_step_starts_many_short_prompts(monkeypatch):
+    """A step is no shorter than the longest sequence only because that one is short."""
+    asked = []
+
+    def compile_all(programs: local.StepPrograms, *arguments, **settings):
+        asked.append(programs.shapes)
+        raise InterruptedError
+
+    monkeypatch.setattr(local.StepPrograms, "compile_all", compile_all)
+    config = EngineConfig(str(MODEL), max_num_seqs=8, max_model_len=20, num_pages=50, compilation_cache_dir="")
+    opened = open_model(config)
+    with pytest.raises(InterruptedError):
+        LocalExecutor(config, opened.files, opened.spec)
+    (shapes,) = asked
+    assert max(bucket.prefill_tokens for bucket in shapes.buckets) == 8 * 20
+
+
 def test_huge_pages_change_nothing_but_where_arrays_lie():
     arrays = [jax.device_put(np.full((1 << 20) + 1, index, np.float32)) for index in range(4)]
     places = [array.unsafe_buffer_pointer() for array in arrays]

@@ -8,12 +8,12 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from ryzanstein_jax import attention, batch
+from ryzanstein_jax import attention
 from ryzanstein_jax.cli import app
 from ryzanstein_jax.errors import ConfigError
 from ryzanstein_jax.memory import footprint
 from ryzanstein_jax.model.families import spec_from_config
-from ryzanstein_jax.planner import Step, compiled, plan, predict, roofline
+from ryzanstein_jax.planner import Step, plan, predict, roofline
 from ryzanstein_jax.planner.calibration import Calibration, Measured, save_calibration
 from ryzanstein_jax.planner.devices import DEVICES
 from ryzanstein_jax.planner.shapes import SHAPES
@@ -211,4 +211,3 @@ def test_the_model_agrees_with_what_others_measured():
 def test_what_is_said_twice_is_the_same():
     """The planner cannot import what computes, because that imports JAX."""
     assert roofline.BLOCK == attention.BLOCK
-    assert compiled.MOST_PROMPTS == batch.MAX_PREFILLS
