@@ -31,7 +31,7 @@ _SAME = 0.9
 #: Most of the processors that anything else may take in a round that counts. It hits the widths unequally: one device
 #: leaves other cores to it, and with all cores taken it stands between ranks that wait for each other.
 _QUIET = 0.1
-_TRIES = 3
+TRIES = 3
 
 
 @dataclass(frozen=True)
@@ -169,14 +169,14 @@ class Rounds:
         return [one / other for one, other in pairs]
 
 
-def quietly(run: Callable[[], T]) -> tuple[T, float]:
+def quietly(run: Callable[[], T], tries: int = TRIES) -> tuple[T, float]:
     """What a measurement gives, and what share of the processors everything else took.
 
-    It is repeated while that is more than `_QUIET`, up to `_TRIES` times in all; then the quietest counts. What it
+    It is repeated while that is more than `_QUIET`, up to `tries` times in all; then the quietest counts. What it
     starts has to live on, or to have been waited for.
     """
     found: list[tuple[float, T]] = []
-    while len(found) < _TRIES and (not found or found[-1][0] > _QUIET):
+    while len(found) < tries and (not found or found[-1][0] > _QUIET):
         began, others = time.perf_counter(), other_cpu_seconds()
         result = run()
         share = (other_cpu_seconds() - others) / (time.perf_counter() - began) / num_cores()
@@ -185,10 +185,12 @@ def quietly(run: Callable[[], T]) -> tuple[T, float]:
     return result, share
 
 
-def measure(made: Sequence[Group], workloads: Sequence[Workload], runs: int, vocab_size: int) -> Rounds:
+def measure(
+    made: Sequence[Group], workloads: Sequence[Workload], runs: int, vocab_size: int, tries: int = TRIES
+) -> Rounds:
     """All groups in turns on the same prompts, after a round that does not count; each round begins with another.
 
-    Rounds in which something else had the processors are repeated, up to `_TRIES` times as many as `runs` in all.
+    Rounds in which something else had the processors are repeated, up to `tries` times as many as `runs` in all.
 
     Raises:
         WrongResult: a completion has another length, too many first tokens differ, or groups took other steps.
@@ -196,7 +198,7 @@ def measure(made: Sequence[Group], workloads: Sequence[Workload], runs: int, voc
     rounds = Rounds({workload.name: {group.key: [] for group in made} for workload in workloads})
     reference = made[0].key
     disturbed: dict[str, list[dict[Key, Steps]]] = {workload.name: [] for workload in workloads}
-    for run in range(_TRIES * runs + 1):
+    for run in range(tries * runs + 1):
         for number, workload in enumerate(workloads):
             counted = rounds.steps[workload.name]
             if len(counted[reference]) == runs:
@@ -246,7 +248,9 @@ def _compare(
 # --- what communication costs, and predictions
 
 
-def collective_fits(steps: Steps, width: int, dtype: str, budget: float) -> dict[str, dict[str, float]]:
+def collective_fits(
+    steps: Steps, width: int, dtype: str, budget: float, tries: int = TRIES
+) -> dict[str, dict[str, float]]:
     """alpha and beta of each collective of the steps, over their range of sizes; nothing at width 1.
 
     Measured between as many processes as the group has ranks, on the same cores, one each. `cpu_share_of_others` of
@@ -262,7 +266,7 @@ def collective_fits(steps: Steps, width: int, dtype: str, budget: float) -> dict
         most = max(*all_sizes, 4 * least)
         job = Job(width, 1, (operation,), least, most, dtype=dtype, budget=budget)
         with cores(range(width)):
-            result, share = quietly(partial(run_job, job))
+            result, share = quietly(partial(run_job, job), tries)
         found[operation] = {**result["fits"][operation], "cpu_share_of_others": round(share, 3)}
     return found
 

@@ -13,7 +13,7 @@ import pytest
 from bench import scaling_report as report
 from bench.harness import Bench
 from bench.machine import describe_machine
-from bench.scaling import Workload, check_widths, collective_fits, groups, measure
+from bench.scaling import TRIES, Workload, check_widths, collective_fits, groups, measure
 from bench.scaling_calibration import Calibrated, device_of
 from ryzanstein_jax.model.families import spec_from_config
 from ryzanstein_jax.planner.shapes import config_of
@@ -49,6 +49,7 @@ def test_scaling(
 ) -> None:
     """A wide model of random weights, and the one of `--model`: the same requests at each width of `--tp`."""
     smoke, name = request.config.getoption("--smoke"), f"scaling_{shape}"
+    tries = 1 if smoke else TRIES
     workloads = _SMOKE_WORKLOADS if smoke else WORKLOADS
     try:
         widths = check_widths(request.config.getoption("--tp"))
@@ -59,10 +60,10 @@ def test_scaling(
     spec, machine = spec_from_config(config), describe_machine()
 
     with groups([(width, width, settings) for width in widths]) as made:
-        rounds = measure(made, workloads, bench.runs, spec.vocab_size)
+        rounds = measure(made, workloads, bench.runs, spec.vocab_size, tries)
         description = made[0].description
     budget = 0.02 if smoke else 0.1
-    fits = {width: collective_fits(rounds.all_steps(width), width, dtype, budget) for width in widths}
+    fits = {width: collective_fits(rounds.all_steps(width), width, dtype, budget, tries) for width in widths}
     calibrations = {width: found for width in widths if (found := calibrated(width)) is not None}
     devices = {width: device_of(found[0], width, fits[width]) for width, found in calibrations.items()}
     result: dict[str, Any] = {

@@ -10,7 +10,7 @@ import pytest
 
 from bench.harness import Bench
 from bench.machine import describe_machine, num_cores
-from bench.scaling import Workload, collective_fits, groups, measure
+from bench.scaling import TRIES, Workload, collective_fits, groups, measure
 from bench.scaling_calibration import Calibrated, device_of
 from bench.strategies_report import entries, table_of
 from bench.test_scaling import subject
@@ -33,6 +33,7 @@ def test_strategies(
 ) -> None:
     """Megatron's pair, every projection by output, and token shards between the pairs, at the largest `--tp`."""
     smoke, width = request.config.getoption("--smoke"), max(request.config.getoption("--tp"))
+    tries = 1 if smoke else TRIES
     if not 2 <= width <= num_cores():
         raise pytest.UsageError(f"--tp {width}: from 2 devices on, a core for each, and there are {num_cores()}")
     workloads = _SMOKE_WORKLOADS if smoke else WORKLOADS
@@ -41,10 +42,10 @@ def test_strategies(
     spec, machine = spec_from_config(config), describe_machine()
 
     with groups([(name, width, settings | {"sharding": name}) for name in SHARDINGS]) as made:
-        rounds = measure(made, workloads, bench.runs, spec.vocab_size)
+        rounds = measure(made, workloads, bench.runs, spec.vocab_size, tries)
         description = made[0].description
     steps = [step for name in SHARDINGS for step in rounds.all_steps(name)]
-    fits = collective_fits(steps, width, dtype, 0.02 if smoke else 0.1)
+    fits = collective_fits(steps, width, dtype, 0.02 if smoke else 0.1, tries)
     calibration, share = calibrated(width) or (None, 0.0)
     device = None if calibration is None else device_of(calibration, width, fits)
     result: dict[str, Any] = {

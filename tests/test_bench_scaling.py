@@ -288,15 +288,23 @@ def test_table_and_picture_show_it(tmp_path: Path) -> None:
     assert (tmp_path / "scaling.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_the_benchmark_runs_in_small(tmp_path: Path) -> None:
-    widths = [1, 2] if num_cores() > 1 else [1]
-    options = ["--smoke", "--runs", "1", "--tp", ",".join(map(str, widths)), "--json", str(tmp_path), "--hf-python", ""]
-    command = [sys.executable, "-m", "pytest", "bench", "-k", "compute_bound and scaling", *options]
+@pytest.fixture(scope="module")
+def in_small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Folder of the results and what was printed; the ways to shard take two cores."""
+    folder = tmp_path_factory.mktemp("results")
+    widths, chosen = ("1,2", "scaling or strategies") if num_cores() > 1 else ("1", "scaling")
+    options = ["--smoke", "--runs", "1", "--tp", widths, "--json", str(folder), "--hf-python", ""]
+    command = [sys.executable, "-m", "pytest", "bench", "-k", f"compute_bound and ({chosen})", *options]
     command += ["--model", str(ROOT / "tests" / "golden" / "llama")]
     run = subprocess.run(command, cwd=ROOT, env={**os.environ, "COLUMNS": "100"}, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
-    (file,) = tmp_path.glob("*.json")
-    made = json.loads(file.read_text())
+    return folder, run.stdout
+
+
+def test_the_benchmark_runs_in_small(in_small: tuple[Path, str]) -> None:
+    folder, printed = in_small
+    widths = [1, 2] if num_cores() > 1 else [1]
+    made = json.loads((folder / "scaling_compute_bound.json").read_text())
     assert {"machine", "versions", "commit", "date", "rounds"} <= made.keys()
     for found in made["workloads"].values():
         assert [entry["width"] for entry in found] == widths
@@ -306,19 +314,15 @@ def test_the_benchmark_runs_in_small(tmp_path: Path) -> None:
         # Two layers: an all-reduce after attention, one after the MLP, and one of the embedding.
         assert made["collectives"]["2"].keys() == {"all-reduce", "all-gather"}
         assert made["first_tokens_as_on_one_device"] == made["first_tokens"] > 0
-    assert (tmp_path / "scaling_compute_bound.png").exists()
-    assert scaling_report.REGRESSION < 1 and "measured" in run.stdout  # the table is shown without -s
+    assert (folder / "scaling_compute_bound.png").exists()
+    assert scaling_report.REGRESSION < 1 and "measured" in printed  # the table is shown without -s
 
 
-def test_the_ways_to_shard_run_in_small(tmp_path: Path) -> None:
+def test_the_ways_to_shard_run_in_small(in_small: tuple[Path, str]) -> None:
     if num_cores() == 1:
         return
-    options = ["--smoke", "--runs", "1", "--tp", "2", "--json", str(tmp_path), "--hf-python", ""]
-    command = [sys.executable, "-m", "pytest", "bench", "-k", "compute_bound and strategies", *options]
-    command += ["--model", str(ROOT / "tests" / "golden" / "llama")]
-    run = subprocess.run(command, cwd=ROOT, env={**os.environ, "COLUMNS": "100"}, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout + run.stderr
-    made = json.loads((tmp_path / "strategies_compute_bound.json").read_text())
+    folder, _ = in_small
+    made = json.loads((folder / "strategies_compute_bound.json").read_text())
     found = {entry["sharding"]: entry for entry in made["workloads"]["prefill"]}
     kinds = {name: [(one["kind"], one["count"]) for one in entry["collectives"]] for name, entry in found.items()}
     # Two layers; the sampler gathers the logits once more.
