@@ -106,3 +106,9 @@ def remote_error(name: str, message: str) -> RyzansteinError:
     error = kind.__new__(kind)
     error.args = (message,)
     return error
+
+
+def counted(count: int, noun: str) -> str:
+    """So many things, for people: "1 request", "2 requests", "2 processes"."""
+    plural = "" if count == 1 else "es" if noun.endswith("s") else "s"
+    return f"{count} {noun}{plural}"

@@ -19,7 +19,7 @@ from ryzanstein_jax.engine.executor import Executor, RestartableExecutor
 from ryzanstein_jax.engine.outputs import RequestState
 from ryzanstein_jax.engine.report import RankUsage, SchedulerStats, SetupReport
 from ryzanstein_jax.engine.router import Router
-from ryzanstein_jax.errors import EngineClosedError
+from ryzanstein_jax.errors import EngineClosedError, counted
 from ryzanstein_jax.metrics import Metrics
 from ryzanstein_jax.orchestrator.events import EventKind
 from ryzanstein_jax.orchestrator.orchestrator import MultiGPUOrchestrator
@@ -237,7 +237,7 @@ class Replica:
                 moved += 1
         self.metrics.count("requests_moved", moved)
         if self.orchestrator is not None:
-            message = f"{moved} requests go on on other replicas"
+            message = f"{counted(moved, 'request')} moved to other replicas"
             self.orchestrator.events.record(EventKind.MOVED, message, requests=moved)
 
     def take_over(self, ticket: Ticket, state: RequestState) -> None:

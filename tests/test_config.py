@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from ryzanstein_jax.config import DTYPES, LOAD_FORMATS, EngineConfig
-from ryzanstein_jax.errors import ConfigError, RyzansteinError
+from ryzanstein_jax.errors import ConfigError, RyzansteinError, counted
 
 INTEGERS = {
     "tensor_parallel_size": (1, 4096),
@@ -121,3 +121,8 @@ def test_every_setting_is_described() -> None:
     text = EngineConfig.__doc__ or ""
     missing = [field.name for field in dataclasses.fields(EngineConfig) if f"    {field.name}: " not in text]
     assert missing == []
+
+
+def test_things_are_counted_in_words():
+    assert [counted(count, "request") for count in (0, 1, 2)] == ["0 requests", "1 request", "2 requests"]
+    assert counted(2, "process") == "2 processes"

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ryzanstein_jax.errors import ConfigError
+from ryzanstein_jax.errors import ConfigError, counted
 
 
 def plot(result: Mapping[str, Any], path: Path) -> None:
@@ -40,8 +40,8 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
     bandwidths.legend(fontsize="small")
-    how = f"{result['processes']} processes" if result["processes"] > 1 else "one process"
-    figure.suptitle(f"{result['devices']} devices ({result['device']}), {how}: {result['backend']}")
+    how = counted(result["processes"], "process")
+    figure.suptitle(f"{counted(result['devices'], 'device')} ({result['device']}), {how}: {result['backend']}")
     try:
         figure.savefig(path, dpi=70)
     except ValueError as error:

@@ -16,7 +16,7 @@ from rich.table import Table
 from ryzanstein_jax.collectives.bandwidth import OPERATIONS
 from ryzanstein_jax.collectives.job import AIM_BYTES, AIM_SECONDS, AIM_SHARE, DTYPES, Job, run_job
 from ryzanstein_jax.commands.options import Orchestrator
-from ryzanstein_jax.errors import ConfigError
+from ryzanstein_jax.errors import ConfigError, counted
 from ryzanstein_jax.machine import commit, describe_machine
 from ryzanstein_jax.start import parse_options
 
@@ -151,8 +151,9 @@ def time_name(seconds: float) -> str:
 
 def _show(console: Console, result: Mapping[str, Any]) -> None:
     link = result["link_gb_per_s"]
+    devices, processes = counted(result["devices"], "device"), counted(result["processes"], "process")
     console.print(
-        f"\n{result['backend']}: {result['devices']} devices ({result['device']}) in {result['processes']} processes, "
+        f"\n{result['backend']}: {devices} ({result['device']}) in {processes}, "
         f"{result['dtype']}, link {f'{link:g} GB/s' if link else 'unknown'}; all results are right"
     )
     if result["broadcast"] == "sum":

@@ -15,6 +15,7 @@ from rich.text import Text
 from ryzanstein_jax.commands.options import Orchestrator
 from ryzanstein_jax.doctor.examine import Diagnosis, examine
 from ryzanstein_jax.doctor.finding import PROBLEM, Section
+from ryzanstein_jax.errors import counted
 from ryzanstein_jax.start import parse_options
 
 _STYLES = {"ok": "green", "warning": "yellow", "problem": "bold red"}
@@ -73,4 +74,6 @@ def _show_rest(console: Console, diagnosis: Diagnosis) -> None:
     for section in diagnosis.sections:
         for finding in section.findings:
             counts[finding.status] += 1
-    console.print(f"{counts['problem']} problems, {counts['warning']} warnings", style=_STYLES[diagnosis.status])
+    console.print(
+        ", ".join(counted(counts[kind], kind) for kind in ("problem", "warning")), style=_STYLES[diagnosis.status]
+    )

@@ -15,6 +15,7 @@ from typing import Any
 
 from ryzanstein_jax.budget import size_text
 from ryzanstein_jax.doctor.finding import Section
+from ryzanstein_jax.errors import counted
 
 #: What the process does until each of its lines comes.
 _STAGES = {
@@ -68,7 +69,7 @@ def judge(section: Section, said: Sequence[Mapping[str, Any]], code: int | None,
         section.ok("each device multiplies matrices rightly")
     if missing is None:
         count = stages["communicated"].get("devices")
-        section.ok(f"an all-reduce over {count} devices adds up rightly")
+        section.ok(f"an all-reduce over {counted(count, 'device')} adds up rightly")
         return
     doing = _STAGES[missing]
     if (failed := stages.get("failed")) is not None:
@@ -96,7 +97,9 @@ def _tell_devices(section: Section, backend: Mapping[str, Any]) -> None:
     kinds = sorted({str(device.get("kind")) for device in devices})
     memory = [int(device["memory"]) for device in devices if device.get("memory")]
     room = f", {size_text(min(memory))} each for JAX" if memory else ""
-    section.ok(f"JAX has {len(devices)} devices of platform {backend.get('platform')} ({', '.join(kinds)}){room}")
+    section.ok(
+        f"JAX has {counted(len(devices), 'device')} of platform {backend.get('platform')} ({', '.join(kinds)}){room}"
+    )
     # The libraries may be there, as for `ryzanstein plan --compile`, and nothing to run them on.
     if backend.get("cuda") and backend.get("platform") != "cpu":
         section.ok(", ".join(f"{name} {number}" for name, number in backend["cuda"].items()))

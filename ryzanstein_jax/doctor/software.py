@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from ryzanstein_jax.doctor.finding import Place, Section
+from ryzanstein_jax.errors import counted
 from ryzanstein_jax.nccl import OBSOLETE
 
 #: What the tests of this package run with.
@@ -118,9 +119,9 @@ def check_driver(section: Section, gpus: int, driver: str | None, cuda: int | No
     elif driver is not None:
         section.ok(f"driver {driver}" + (f", CUDA {cuda}" if cuda else ""))
     if gpus and place.environ.get("JAX_PLATFORMS", "").split(",")[0] == "cpu":
-        section.warn(f"JAX_PLATFORMS=cpu hides {gpus} GPUs", "unset JAX_PLATFORMS to use them")
+        section.warn(f"JAX_PLATFORMS=cpu hides {counted(gpus, 'GPU')}", "unset JAX_PLATFORMS to use them")
     if gpus and place.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
-        section.warn(f"CUDA_VISIBLE_DEVICES hides {gpus} GPUs", "unset CUDA_VISIBLE_DEVICES to use them")
+        section.warn(f"CUDA_VISIBLE_DEVICES hides {counted(gpus, 'GPU')}", "unset CUDA_VISIBLE_DEVICES to use them")
     if gpus and "nvidia-ml-py" not in installed(place):
         section.warn("nvidia-ml-py is not installed: the engine is blind to the state of its GPUs",
                      "pip install nvidia-ml-py")  # fmt: skip

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ryzanstein_jax.budget import MemoryPlan
+from ryzanstein_jax.errors import counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +82,7 @@ class SetupReport:
     def __str__(self) -> str:
         return (
             f"{self.device}, {self.dtype}; weights in {self.load_seconds:.1f} s, "
-            f"{self.num_programs} programs in {self.compile_seconds:.1f} s\n{self.memory}"
+            f"{counted(self.num_programs, 'program')} in {self.compile_seconds:.1f} s\n{self.memory}"
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ryzanstein_jax.config import OrchestratorConfig
-from ryzanstein_jax.errors import ProcessGroupError
+from ryzanstein_jax.errors import ProcessGroupError, counted
 from ryzanstein_jax.orchestrator.dial import software
 from ryzanstein_jax.orchestrator.events import EventKind, EventLog
 from ryzanstein_jax.orchestrator.frames import Channel, ChannelClosedError, FrameError, Kind
@@ -220,7 +220,9 @@ class Hosts:
                 self._replaced.append(earlier)
             self._agents[name] = agent
             self._joined.notify_all()
-        self._note(EventKind.HOST_JOINED, f"{name} offers {devices} devices", host=name, devices=devices, peer=peer)
+        self._note(
+            EventKind.HOST_JOINED, f"{name} offers {counted(devices, 'device')}", host=name, devices=devices, peer=peer
+        )
 
     def _refusal(self, channel: Channel, message: str, is_final: bool) -> FrameError:
         channel.send_json(Kind.ERROR, {"message": message, "is_final": is_final})

@@ -9,6 +9,7 @@ import sys
 import time
 from typing import Any
 
+from ryzanstein_jax.errors import counted
 from ryzanstein_jax.orchestrator.agent import Agent, End, die_with_parent, preload
 from ryzanstein_jax.orchestrator.dial import Dialer, RefusedError, software
 from ryzanstein_jax.orchestrator.frames import Channel, ChannelClosedError, FrameError
@@ -39,7 +40,7 @@ def serve(dialer: Dialer, hello: dict[str, Any], wait_sec: float, reconnect: boo
     """Serves one leader, or one after the other; the exit status: 1 where a leader went without a word."""
     while True:
         channel = dial_until(dialer, hello, time.monotonic() + wait_sec)
-        _say(f"joined {dialer.address} as {hello['name']} with {hello['devices']} devices")
+        _say(f"joined {dialer.address} as {hello['name']} with {counted(hello['devices'], 'device')}")
         end = Agent(channel, dialer).run()
         _say(end.value)
         if end is End.SIGNAL or not reconnect:

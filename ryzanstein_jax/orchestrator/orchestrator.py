@@ -26,6 +26,7 @@ from ryzanstein_jax.errors import (
     DeviceStateLostError,
     EngineClosedError,
     RyzansteinError,
+    counted,
 )
 from ryzanstein_jax.metrics import Metrics
 from ryzanstein_jax.model.spec import ModelSpec
@@ -224,7 +225,7 @@ class MultiGPUOrchestrator:
             self._replaying = (num_requests, self._supervisor.last_fault if num_requests else None)
             generation = self._group.generation
         if num_requests:
-            message = f"{num_requests} requests are replayed"
+            message = f"replaying {counted(num_requests, 'request')}"
             self.events.record(EventKind.REPLAYED, message, generation=generation, requests=num_requests)
         return True
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from ryzanstein_jax.config import OrchestratorConfig
+from ryzanstein_jax.errors import counted
 from ryzanstein_jax.orchestrator.fault import Fault, FaultKind
 
 _MOST_BACKOFF = 30.0
@@ -85,13 +86,13 @@ class FailureRecoveryManager:
         if len(self._attempts) >= self._config.max_restart_attempts:
             return Decision(
                 Action.FAIL,
-                reason=f"{len(self._attempts)} restarts within {self._config.restart_window_sec:g} s, which is all "
-                "that max_restart_attempts allows",
+                reason=f"{counted(len(self._attempts), 'restart')} within {self._config.restart_window_sec:g} s, which "
+                "is all that max_restart_attempts allows",
             )
         if self._in_a_row >= self._config.max_restart_attempts:  # a start may take longer than the window
             return Decision(
                 Action.FAIL,
-                reason=f"{self._in_a_row} restarts in a row, which is all that max_restart_attempts allows",
+                reason=f"{counted(self._in_a_row, 'restart')} in a row, which is all that max_restart_attempts allows",
             )
         self._attempts.append(now)
         decision = self._answer(fault, slots, can_exclude)
@@ -115,7 +116,9 @@ class FailureRecoveryManager:
             self._by_slot[slots[0]] += 1
             count = self._by_slot[slots[0]]
             if count >= self._config.max_device_failures and can_exclude:
-                return Decision(Action.EXCLUDE, slots=slots, reason=f"device {slots[0]} failed {count} times")
+                return Decision(
+                    Action.EXCLUDE, slots=slots, reason=f"device {slots[0]} failed {counted(count, 'time')}"
+                )
         return Decision(Action.RESTART, reason="it may work this time")
 
     def note_ready(self) -> None:

@@ -28,6 +28,7 @@ from ryzanstein_jax.config import EngineConfig
 from ryzanstein_jax.engine.engine import Engine
 from ryzanstein_jax.engine.local import LocalExecutor
 from ryzanstein_jax.engine.open import open_model
+from ryzanstein_jax.errors import counted
 from ryzanstein_jax.memory import device_bytes
 from ryzanstein_jax.model.layers import product
 from ryzanstein_jax.planner.calibration import REFERENCE, TIMED, TINY, Calibration, Measured, Timed, fit_costs
@@ -73,7 +74,7 @@ def calibrate(
     chosen = list(widths or (width for width in (1, 2, 4, 8, 16, 32) if width <= most))
     kind = "cpu" if devices[0].platform == "cpu" else "gpu"
     dtype = resolve_dtype("auto", "bfloat16", kind)
-    title = devices[0].device_kind if kind == "gpu" else f"{cores} cores of {_processor()}"
+    title = devices[0].device_kind if kind == "gpu" else f"{counted(cores, 'core')} of {_processor()}"
     made = Calibration(
         title, kind, str(dtype), device_bytes(1, devices[0]), datetime.now(UTC).isoformat(timespec="seconds"),
         {"jax": jax.__version__, "python": platform.python_version()}, (),

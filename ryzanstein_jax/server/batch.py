@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.types import ASGIApp, Message
 
-from ryzanstein_jax.errors import ConfigError, RyzansteinError
+from ryzanstein_jax.errors import ConfigError, RyzansteinError, counted
 from ryzanstein_jax.server.app import make_app
 from ryzanstein_jax.server.backend import Backend
 from ryzanstein_jax.server.batch_index import MAX_ID, BatchIndex, Line, custom_id_of, read_lines
@@ -66,7 +66,7 @@ class Counts:
     def __str__(self) -> str:
         rate = self.completion_tokens / self.seconds if self.seconds > 0 else 0.0
         return (
-            f"{self.lines} lines: {self.answered} answered in {self.seconds:.1f} s, {self.before} before; "
+            f"{counted(self.lines, 'line')}: {self.answered} answered in {self.seconds:.1f} s, {self.before} before; "
             f"{self.errors} of all with an error. {self.prompt_tokens} tokens in, {self.completion_tokens} out, "
             f"{rate:.1f} tokens/s"
         )
