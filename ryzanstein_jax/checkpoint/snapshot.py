@@ -2,7 +2,7 @@
 
     manifest.json    written last: format, version, every tensor's shape and dtype, every file's size and SHA-256
     config.json      and the tokenizer's files, as Hugging Face spells them
-    weights/         the Orbax checkpoint, parameters under their own paths
+    weights/         the Orbax checkpoint, parameters under their own paths; int4 as uint8, two of a row in a byte
 
 Nothing in it depends on the mesh that saved it, so it restores onto any width. A folder takes its name only
 once it is whole and on the disk: a snapshot that loads is never half of one. Reading needs no JAX; `snapshot_writer`
@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import tensorstore
 
@@ -27,7 +28,11 @@ from ryzanstein_jax.errors import WeightsError
 
 MANIFEST = "manifest.json"
 FORMAT = "ryzanstein-jax snapshot"
-VERSION = 1
+#: 1 held an int4 value in a byte.
+VERSION = 2
+_READABLE = (1, VERSION)
+#: The dtype that a manifest gives to int4 values in pairs, the first in the low half; its shape is that of the bytes.
+PAIRS = "int4 pairs"
 WEIGHTS = "weights"
 _MAX_FILES = 1 << 20
 
@@ -51,6 +56,7 @@ class SnapshotSource:
         _check_files(self.path, manifest["files"], verify)
         self._infos: dict[str, TensorInfo] = {}
         self._stores: dict[str, Any] = {}
+        self._pairs: set[str] = set()
         # One context: the tensors share one view of the store. No cache: it halves the speed.
         context = tensorstore.Context()
         opening = {
@@ -62,13 +68,18 @@ class SnapshotSource:
                 store = opening[name].result()
             except (ValueError, OSError) as error:
                 raise self._unreadable(name, error) from error
+            in_pairs = entry["dtype"] == PAIRS
             found = (tuple(store.shape), store.dtype.numpy_dtype.name)
-            if found != (tuple(entry["shape"]), entry["dtype"]):
+            if found != (tuple(entry["shape"]), "uint8" if in_pairs else entry["dtype"]):
                 raise WeightsError(
                     "the snapshot's manifest and its weights disagree", file=self.path, tensor=name,
                     expected=entry, found=found,
                 )  # fmt: skip
-            self._infos[name] = TensorInfo(found[0], np.dtype(store.dtype.numpy_dtype), self.path)
+            shape, dtype = found[0], np.dtype(store.dtype.numpy_dtype)
+            if in_pairs:
+                self._pairs.add(name)
+                shape, dtype = (*shape[:-1], 2 * shape[-1]), np.dtype(ml_dtypes.int4)
+            self._infos[name] = TensorInfo(shape, dtype, self.path)
             self._stores[name] = store
 
     def names(self) -> Iterable[str]:
@@ -78,10 +89,13 @@ class SnapshotSource:
         return self._infos[name]
 
     def read(self, name: str, box: Box) -> np.ndarray:
+        begin, end = box[-1] if name in self._pairs else (0, 0)
+        held = (*box[:-1], (begin // 2, -(-end // 2))) if name in self._pairs else box
         try:
-            return np.asarray(self._stores[name][slices(box)].read().result())
+            read = np.asarray(self._stores[name][slices(held)].read().result())
         except (ValueError, OSError) as error:
             raise self._unreadable(name, error) from error
+        return _apart(read)[..., begin % 2 : begin % 2 + end - begin] if name in self._pairs else read
 
     def release(self, name: str) -> None:
         """Nothing is held but the bounded cache."""
@@ -94,6 +108,14 @@ class SnapshotSource:
     def _unreadable(self, name: str, error: Exception) -> WeightsError:
         reason = str(error).splitlines()[0][:300]
         return WeightsError(f"the snapshot is corrupt: {reason}; make it again", file=self.path, tensor=name)
+
+
+def _apart(pairs: np.ndarray) -> np.ndarray:
+    """int4 [..., 2 N] of uint8 [..., N], two in each: the first in the low half."""
+    values = np.empty((*pairs.shape[:-1], 2 * pairs.shape[-1]), np.int8)
+    values[..., 0::2] = (pairs << 4).view(np.int8) >> 4
+    values[..., 1::2] = pairs.view(np.int8) >> 4
+    return values.astype(ml_dtypes.int4)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -113,7 +135,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise WeightsError(f"the manifest is not JSON: {error}", file=path) from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise WeightsError("the manifest is not that of a snapshot", file=path, expected=FORMAT)
-    if manifest.get("version") != VERSION:
+    if manifest.get("version") not in _READABLE:
         raise WeightsError(
             "the snapshot is of another version; make it again", file=path, expected=VERSION,
             found=manifest.get("version"),

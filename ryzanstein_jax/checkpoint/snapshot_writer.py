@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ryzanstein_jax.checkpoint.layout import Layout, layout_of
-from ryzanstein_jax.checkpoint.snapshot import FORMAT, MANIFEST, VERSION, WEIGHTS, file_entry
+from ryzanstein_jax.checkpoint.snapshot import FORMAT, MANIFEST, PAIRS, VERSION, WEIGHTS, file_entry
 from ryzanstein_jax.errors import WeightsError
 from ryzanstein_jax.model.params import ParamSpec
 from ryzanstein_jax.model.spec import ModelSpec
@@ -69,6 +70,8 @@ def save_snapshot(
     canonical = {
         path: _canonical(array, layout_of(path, params[path], spec, sizes), made) for path, array in arrays.items()
     }
+    in_pairs = {path for path, array in canonical.items() if array.dtype == jnp.int4 and array.shape[-1] % 2 == 0}
+    canonical |= {path: _in_pairs(canonical[path]) for path in in_pairs}
     context = ocp.Context()
     # Weights hardly compress, and decompressing them would take longer than reading them.
     context.array.saving.use_compression = False
@@ -81,7 +84,8 @@ def save_snapshot(
         for name, file in extra.items():
             shutil.copyfile(file, partial / name)
         tensors = {
-            path: {"shape": list(array.shape), "dtype": np.dtype(array.dtype).name} for path, array in canonical.items()
+            path: {"shape": list(array.shape), "dtype": PAIRS if path in in_pairs else np.dtype(array.dtype).name}
+            for path, array in canonical.items()
         }
         _publish(partial, folder, tensors)
     _barrier("published")
@@ -103,6 +107,13 @@ def _canonical(array: jax.Array, layout: Layout, made: dict[object, Callable[[ja
     if key not in made:
         made[key] = jax.jit(layout.contract, out_shardings=sharding)
     return made[key](array)
+
+
+@jax.jit
+def _in_pairs(values: jax.Array) -> jax.Array:
+    """uint8 [..., N / 2] of int4 [..., N]: files would hold each value in a byte of its own."""
+    low, high = (values[..., place::2].astype(jnp.uint8) for place in (0, 1))
+    return low & 15 | high << 4
 
 
 def _publish(partial: Path, folder: Path, tensors: dict[str, Any]) -> None:

@@ -17,9 +17,9 @@ from ryzanstein_jax.checkpoint.gguf import GgufSource
 from ryzanstein_jax.checkpoint.layout import layout_of
 from ryzanstein_jax.checkpoint.quantize import QuantizingSource, Rounding
 from ryzanstein_jax.checkpoint.safetensors import SafetensorsSource
-from ryzanstein_jax.checkpoint.snapshot import SnapshotSource
+from ryzanstein_jax.checkpoint.snapshot import SnapshotSource, read_manifest
 from ryzanstein_jax.checkpoint.snapshot_writer import save_snapshot
-from ryzanstein_jax.checkpoint.source import whole
+from ryzanstein_jax.checkpoint.source import slices, whole
 from ryzanstein_jax.errors import WeightsError
 from ryzanstein_jax.model.decoder import Decoder
 from ryzanstein_jax.model.params import param_specs
@@ -95,6 +95,18 @@ def test_the_same_at_every_width_and_in_a_snapshot(kind, tmp_path):
     assert snapshot.info("layers.0.mlp.down.kernel").dtype == params["layers.0.mlp.down.kernel"].dtype
     for width in (1, 3):
         same(load(snapshot, spec, width)[0], wanted)
+
+
+def test_a_snapshot_holds_two_int4_values_in_a_byte(tmp_path):
+    spec, path = SPECS["int4, cut groups"], "layers.0.mlp.down.kernel"
+    found, params, arrays, sizes = load(DictSource(weights_of(spec)), spec, 2)
+    snapshot = SnapshotSource(save_snapshot(tmp_path / "one", arrays, params, spec, sizes, config={}))
+    rows, length = found[path].shape
+    assert read_manifest(snapshot.path)["tensors"][path]["shape"] == [rows, length // 2]
+    for box in (((0, rows), (0, length)), ((1, 3), (0, 1)), ((0, 2), (3, 4)), ((2, 5), (5, 12)), ((0, 1), (4, 9))):
+        read = snapshot.read(path, box)
+        assert read.dtype == ml_dtypes.int4
+        np.testing.assert_array_equal(read, found[path][slices(box)], err_msg=str(box))
 
 
 @pytest.mark.parametrize("kind", ["int4, whole groups", "int4, cut groups", "fp8, groups", "fp8"])

@@ -117,6 +117,12 @@ def test_missing_and_truncated_files_are_refused(copy):
         SnapshotSource(copy)
 
 
+def test_the_version_before_still_loads(copy):
+    manifest = json.loads((copy / MANIFEST).read_text())
+    (copy / MANIFEST).write_text(json.dumps(manifest | {"version": 1}))
+    assert set(SnapshotSource(copy).names()) == set(manifest["tensors"])
+
+
 def test_changed_bytes_are_refused(copy):
     (copy / "config.json").write_bytes((copy / "config.json").read_bytes().replace(b"llama", b"gemma"))
     with pytest.raises(WeightsError, match="changed"):
@@ -134,7 +140,7 @@ def test_changed_bytes_are_refused(copy):
     ("change", "match"),
     [
         (lambda m: m | {"format": "other"}, "not that of a snapshot"),
-        (lambda m: m | {"version": 2}, "another version"),
+        (lambda m: m | {"version": 3}, "another version"),
         (lambda m: [], "not that of a snapshot"),
         (lambda m: {key: m[key] for key in ("format", "version")}, "lacks"),
         (lambda m: m | {"files": {"../secret": {"bytes": 1, "sha256": ""}}}, "outside"),
