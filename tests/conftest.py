@@ -15,6 +15,18 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
 # A test that reaches for a model hub fails at once, with or without a network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+#: Folders of tests that mostly wait for processes. With several workers all of them run on one, a test at a time: a
+#: machine is not to be so busy that processes which are well look hung.
+_WAITING = ("faults", "orchestrator", "server")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of two workers (`-n 2 --dist loadgroup`) one waits and the other computes; a file's tests share its fixtures."""
+    for item in items:
+        waits = item.path.parent.name in _WAITING
+        item.add_marker(pytest.mark.xdist_group("waiting" if waits else item.path.name))
+
 
 @pytest.fixture(scope="session")
 def smollm2_path() -> Path:
