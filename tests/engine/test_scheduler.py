@@ -1,3 +1,4 @@
+import itertools
 import subprocess
 import sys
 import time
@@ -6,9 +7,9 @@ import numpy as np
 import pytest
 
 from ryzanstein_jax.engine.scheduler import Scheduler, StepMismatchError
-from ryzanstein_jax.engine.sequence import drawn_seed, sampling_key
+from ryzanstein_jax.engine.sequence import Sequence, drawn_seed, sampling_key
 from ryzanstein_jax.errors import RequestError
-from ryzanstein_jax.plan import StepResult
+from ryzanstein_jax.plan import MAX_PREFILLS, StepResult, most_prompt_tokens
 from tests.engine.drive import finish_scheduled, result, run, sequence, shape
 from tests.engine.fake_executor import limits
 
@@ -311,6 +312,29 @@ def test_keys_are_those_of_jax_and_differ_between_completions():
     assert sampling_key(-1) == (0xFFFFFFFF, 0xFFFFFFFF)
     assert len({sampling_key(7, index) for index in range(128)}) == 128
     assert len({drawn_seed(0, i) for i in range(50)} | {drawn_seed(1, i) for i in range(50)}) == 100
+
+
+def test_a_crowd_of_short_requests_runs_all_at_once():
+    """As many clients as there are places, each asking again once it is answered."""
+    clients, longest = 64, 32
+    room = most_prompt_tokens(512, clients, longest)
+    scheduler = Scheduler(
+        limits(
+            num_pages=8 * clients + 1, max_model_len=longest, max_num_seqs=clients, max_prefill_tokens=room,
+            max_prefills=MAX_PREFILLS, max_rows=clients + MAX_PREFILLS,
+        )
+    )  # fmt: skip
+    asked: list[Sequence] = []
+    first = itertools.count()
+    running = []
+    for _ in range(200):
+        asked = [one for one in asked if not one.finished]
+        for number in range(clients - len(asked)):
+            asked.append(sequence([next(first), *range(11)], max_tokens=8 + number % 13))  # no shared prefix
+            scheduler.add(asked[-1])
+        run(scheduler)
+        running.append(scheduler.stats().num_running)
+    assert np.mean(running[50:]) > 0.85 * clients
 
 
 def test_a_step_costs_the_host_little():
