@@ -38,7 +38,7 @@ lint: setup
 # The tests compile for GPUs too, with the compiler that the extra `plan` brings; no GPU is needed.
 test: lint
 	$(python) -m pip install --quiet --disable-pip-version-check --editable '.[plan]'
-	$(python) -m pytest -q -n 2 --dist loadgroup --durations=15 --cov --cov-report=term
+	$(python) -m pytest -q -n 2 --durations=15 --cov --cov-report=term
 	@$(MAKE) --no-print-directory oldest
 
 # Its tests are a part of those that just ran, so there is nothing to add when .venv is of that version already.

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,12 +21,17 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 _WAITING = ("faults", "orchestrator", "server")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of two workers (`-n 2 --dist loadgroup`) one waits and the other computes; a file's tests share its fixtures."""
-    for item in items:
-        waits = item.path.parent.name in _WAITING
-        item.add_marker(pytest.mark.xdist_group("waiting" if waits else item.path.name))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Of two workers (`-n 2`) one waits and the other computes; the tests of a file share its fixtures."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = Path(nodeid.partition("::")[0])
+            return "waiting" if file.parent.name in _WAITING else str(file)
+
+    return Scheduling(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -180,7 +180,7 @@ def test_a_job_of_two_nodes(tmp_path: Path) -> None:
     command += ["--temperature", "0", "--json", "--max-model-len", "32"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
-    assert {f"as {node} with 1 devices" in done.stderr for node in ("localhost", "second")} == {True}, done.stderr
+    assert {f"as {node} with 1 device" in done.stderr for node in ("localhost", "second")} == {True}, done.stderr
     record = json.loads(done.stdout)
     with LLM(str(model), max_num_seqs=1, max_model_len=32, progress=False) as llm:
         (expected,) = llm.generate([prompt], SamplingParams(temperature=0.0, max_tokens=count), use_tqdm=False)
