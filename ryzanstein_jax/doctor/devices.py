@@ -68,7 +68,7 @@ def judge(section: Section, said: Sequence[Mapping[str, Any]], code: int | None,
     if "computed" in stages:
         section.ok("each device multiplies matrices rightly")
     if missing is None:
-        count = stages["communicated"].get("devices")
+        count = int(stages["communicated"].get("devices", 0))
         section.ok(f"an all-reduce over {counted(count, 'device')} adds up rightly")
         return
     doing = _STAGES[missing]
