@@ -23,9 +23,7 @@ import platform
 import stat
 import struct
 import sys
-import tempfile
 import threading
-import time
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import cache
@@ -39,7 +37,7 @@ from jax.experimental import serialize_executable
 from jax.sharding import Mesh
 
 from ryzanstein_jax import native
-from ryzanstein_jax.cache import check_private, private_folder
+from ryzanstein_jax.cache import check_private, clear_partial, private_folder, whole_file
 
 _LOG = logging.getLogger(__name__)
 
@@ -50,7 +48,6 @@ _HEADER = struct.Struct("<8s32sq")
 _TEMPORARIES = struct.Struct("<q")
 _MAX_ENTRY_BYTES = 1 << 30
 _MAX_BYTES = 4 << 30
-_STALE_SECONDS = 3600.0
 
 #: Settings of JAX that no program depends on; any other that differs makes another program.
 _IRRELEVANT = (
@@ -71,7 +68,7 @@ class ExecutableStore:
     """A folder of compiled programs, each under its key. Safe for several threads and processes at once.
 
     Args:
-        folder: made, for this user alone, where it is missing.
+        folder: made, for this user alone, where it is missing; what killed processes left in it is deleted.
         max_bytes: of all entries together; those used longest ago are deleted to stay below.
 
     Raises:
@@ -82,7 +79,7 @@ class ExecutableStore:
         self.folder, self.max_bytes = Path(folder), max_bytes
         self._trimming = threading.Lock()
         _watch_hits()
-        private_folder(self.folder)
+        clear_partial(private_folder(self.folder))
 
     def load(self, key: str, mesh: Mesh) -> jax.stages.Compiled | None:
         """The program of a key, ready to run on the devices of `mesh`; None where there is none that can be used."""
@@ -131,16 +128,9 @@ class ExecutableStore:
         digest = hashlib.sha256(temporaries)
         digest.update(payload)
         try:
-            # mkstemp makes files that only their owner may read or write.
-            descriptor, name = tempfile.mkstemp(dir=self.folder, prefix=".partial-")
-            try:
-                with open(descriptor, "wb") as file:
-                    file.write(_MAGIC + digest.digest() + temporaries)
-                    file.write(payload)
-                os.replace(name, self._path(key))
-            except BaseException:
-                os.unlink(name)
-                raise
+            with whole_file(self._path(key)) as file:
+                file.write(_MAGIC + digest.digest() + temporaries)
+                file.write(payload)
             self._trim()
         except OSError as error:
             _LOG.warning("cannot keep a compiled program in %s: %s", self.folder, error)
@@ -173,17 +163,15 @@ class ExecutableStore:
         return None
 
     def _trim(self) -> None:
-        """Deletes what was used longest ago until all fits, and what writers that died have left."""
+        """Deletes what was used longest ago until all fits."""
         with self._trimming:
-            entries, now = [], time.time()
+            entries = []
             with os.scandir(self.folder) as listing:
                 for item in listing:
                     with suppress(FileNotFoundError):  # another process trims too
                         status = item.stat(follow_symlinks=False)
                         if item.name.endswith(_SUFFIX):
                             entries.append((status.st_mtime, status.st_size, item.path))
-                        elif item.name.startswith(".partial-") and now - status.st_mtime > _STALE_SECONDS:
-                            os.unlink(item.path)
             excess = sum(size for _, size, _ in entries) - self.max_bytes
             for _, size, path in sorted(entries):
                 if excess <= 0:

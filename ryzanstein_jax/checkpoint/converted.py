@@ -12,8 +12,6 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
-import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -21,7 +19,7 @@ import ml_dtypes
 import numpy as np
 import psutil
 
-from ryzanstein_jax.cache import check_private, private_folder
+from ryzanstein_jax.cache import check_private, clear_partial, private_folder, whole_file
 from ryzanstein_jax.checkpoint.gguf import QUANTIZED, GgufSource
 from ryzanstein_jax.checkpoint.quantize import SCALE, QuantizingSource
 from ryzanstein_jax.checkpoint.safetensors import SafetensorsSource
@@ -32,7 +30,6 @@ from ryzanstein_jax.model.quantization import Quantization
 _LOG = logging.getLogger(__name__)
 _SUFFIX = ".safetensors"
 _ALIGNMENT = 64
-_STALE_SECONDS = 3600.0
 #: Of the host's memory: what is larger may have to come from the disk, which can take longer than the arithmetic.
 _MEMORY_SHARE = 0.125
 
@@ -67,6 +64,7 @@ class ConvertedWeights:
         """The copy; None where there is none that can be used and trusted."""
         try:
             check_private(os.stat(self.folder), self.folder)
+            clear_partial(self.folder)
             check_private(os.lstat(self.path), self.path)  # of a link too: it counts as writable by others
             source = SafetensorsSource(self.path)
             os.utime(self.path)  # the time of last use, which deletion goes by
@@ -94,25 +92,14 @@ class ConvertedWeights:
             self._trim(self._bytes(source))
             if self._bytes(source) > psutil.disk_usage(str(self.folder)).free // 2:
                 return False
-            descriptor, name = tempfile.mkstemp(dir=self.folder, prefix=".partial-")
-            try:
-                with open(descriptor, "wb") as file:
-                    file.write(self._header(source))
-                    for tensor in source.names():
-                        values = source.read(tensor, whole(source.info(tensor).shape))
-                        file.write(
-                            np.ascontiguousarray(values.astype(self._kept(source, tensor)))
-                            .reshape(-1)
-                            .view(np.uint8)
-                            .data
-                        )
-                        source.release(tensor)
-                    file.flush()
-                    os.fsync(file.fileno())  # a name that outlives a power cut must not outlive its content
-                os.replace(name, self.path)
-            except BaseException:
-                os.unlink(name)
-                raise
+            with whole_file(self.path) as file:
+                file.write(self._header(source))
+                for tensor in source.names():
+                    values = source.read(tensor, whole(source.info(tensor).shape)).astype(self._kept(source, tensor))
+                    file.write(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
+                    source.release(tensor)
+                file.flush()
+                os.fsync(file.fileno())  # a name that outlives a power cut must not outlive its content
         except (OSError, WeightsError) as error:
             _LOG.warning("cannot keep converted weights in %s: %s", self.folder, error)
             return False
@@ -147,15 +134,13 @@ class ConvertedWeights:
         return len(text).to_bytes(8, "little") + text
 
     def _trim(self, room: int) -> None:
-        """Deletes what was used longest ago until `room` bytes more fit, and what writers that died have left."""
+        """Deletes what was used longest ago until `room` bytes more fit."""
         entries = []
         for path in self.folder.iterdir():
             with suppress(FileNotFoundError):
                 status = path.lstat()
                 if path.suffix == _SUFFIX:
                     entries.append((status.st_mtime, status.st_size, path))
-                elif path.name.startswith(".partial-") and time.time() - status.st_mtime > _STALE_SECONDS:
-                    path.unlink()
         excess = sum(size for _, size, _ in entries) + room - self.max_bytes
         for _, size, path in sorted(entries):
             if excess <= 0:

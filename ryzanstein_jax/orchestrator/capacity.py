@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from ryzanstein_jax.config import EngineConfig, OrchestratorConfig
 from ryzanstein_jax.engine.executor import ExecutorLimits
-from ryzanstein_jax.errors import ConfigError, MemoryBudgetError, RecoveryExhaustedError
+from ryzanstein_jax.errors import ConfigError, MemoryBudgetError, RecoveryExhaustedError, RyzansteinError
 from ryzanstein_jax.model.spec import ModelSpec
 from ryzanstein_jax.orchestrator.devices import DeviceReport
 from ryzanstein_jax.orchestrator.launch import Ready, rank_config
@@ -43,13 +43,14 @@ class Capacity:
         return [slot for slot in here if slot not in self._allocator.excluded]
 
     def choose(self, here: tuple[int, ...]) -> tuple[int, ...]:
-        """Devices for the next generation: as many as configured, or as there are left.
+        """Devices for the next generation: as many as configured, or as there are left and the model fits.
 
         Args:
             here: slots of all machines that are here.
 
         Raises:
             RecoveryExhaustedError: too few are left.
+            ConfigError, MemoryBudgetError: the model fits no width that is left; the message holds the sum.
         """
         self._here, usable = here, self.usable(here)
         width = min(self._config.tensor_parallel_size, len(usable))
@@ -58,7 +59,16 @@ class Capacity:
                 f"{len(usable)} of {len(here)} devices are left, fewer than "
                 f"min_tensor_parallel_size={self._least}: {self._allocator.excluded}"
             )
+        if self._devices and width < self._config.tensor_parallel_size:
+            width = self._allocator.degraded_width(width, least=self._least).width
         return tuple(usable[:width])
+
+    def widest(self, here: tuple[int, ...]) -> int:
+        """How many devices `choose` would give; 0 where it refuses."""
+        try:
+            return len(self.choose(here))
+        except RyzansteinError:
+            return 0
 
     def check_fit(self, slots: Sequence[int], devices: Sequence[DeviceReport]) -> None:
         """Refuses a model that can't fit before anything is loaded. A device not seen yet counts as those seen.
@@ -123,13 +133,13 @@ class Capacity:
     def can_exclude(self, slots: Sequence[int], width: int) -> bool:
         """Whether enough devices would be left without some, and the model would fit them; `width` fits already."""
         left = [slot for slot in self.usable(self._here) if slot not in slots]
-        narrower = min(self._config.tensor_parallel_size, len(left))
-        if narrower < max(1, self._least):
-            return False
+        if min(self._config.tensor_parallel_size, len(left)) == width:
+            return True
         try:
-            return narrower == width or self._allocator.fits(narrower)
+            self._allocator.degraded_width(len(left), least=self._least)
         except (ConfigError, MemoryBudgetError):
             return False
+        return True
 
     def shrink_batch(self) -> None:
         """Half the tokens and sequences a step."""

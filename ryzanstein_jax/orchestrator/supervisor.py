@@ -258,7 +258,7 @@ class Supervisor:
         ):
             return False
         assert self._manager is not None
-        return len(self._capacity.usable(self._manager.hosts.here())) > self.width
+        return self._capacity.widest(self._manager.hosts.here()) > self.width
 
     def _widen(self) -> None:
         """Ends a group that is well, for a wider one; its requests are replayed as after a fault."""
