@@ -55,6 +55,7 @@ class Drill:
         vocab_size: of the model; prompts are random tokens.
         replicas: how many groups there are.
         caching: of prefixes; without it a replica that takes over finds nothing of an earlier round.
+        programs: folder of compiled programs; None is the user's.
         options: of the orchestrator, beside those that let it never give up.
     """
 
@@ -67,6 +68,7 @@ class Drill:
         *,
         replicas: int = 1,
         caching: bool = True,
+        programs: str | None = None,
         **options: Any,
     ):
         self._max_tokens, self._vocab_size = max_tokens, vocab_size
@@ -78,6 +80,7 @@ class Drill:
             tensor_parallel_size=width,
             data_parallel_size=replicas,
             enable_prefix_caching=caching,
+            compilation_cache_dir=programs,
             max_num_seqs=STREAMS,
             max_num_batched_tokens=256,
             max_model_len=128,
@@ -161,6 +164,13 @@ class Drill:
         while not all((one["standby"] or {}).get("prepared") for one in self.groups()):
             assert time.monotonic() < deadline, self.status()
             time.sleep(0.05)
+
+    def await_narrower(self) -> None:
+        """Until the programs of the next narrower group are compiled."""
+        deadline = time.monotonic() + 600.0
+        while not any("narrower group is prepared" in event["message"] for event in self.events("standby")):
+            assert time.monotonic() < deadline, self.status()
+            time.sleep(0.1)
 
     def await_ready(self) -> None:
         """Until all groups serve."""

@@ -7,6 +7,7 @@ import statistics
 import threading
 import time
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -42,6 +43,31 @@ def test_recovery(bench: Bench, request: pytest.FixtureRequest) -> None:
     bench.write(
         "recovery", {"width": width, "streams": STREAMS, "start_seconds": start_seconds, "faults": found}, table
     )
+
+
+def test_narrower(bench: Bench, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """A device is left out at its first fault, with the programs of the width that is left compiled before, or not."""
+    smoke = request.config.getoption("--smoke")
+    width, tokens = max(2, bench.settings["tensor_parallel_size"]), 16 if smoke else 48
+    found: dict[str, dict[str, Any]] = {}
+    for name, rehearsed in (("compiled before", True), ("not compiled before", False)):
+        folder = tmp_path / name
+        with closing(
+            Drill(bench.settings["model"], width, tokens, bench.vocab_size, programs=str(folder), max_device_failures=1)
+        ) as drill:
+            if rehearsed:
+                began = time.monotonic()
+                drill.await_narrower()
+                rehearsal_seconds = time.monotonic() - began
+            found[name] = drill.strike(1, kill_rank(-1), after_tokens=STREAMS * tokens // 3)
+            assert drill.status()["width"] == width - 1
+            found[name]["start_seconds"] = drill.start_seconds
+        assert found[name]["requests_lost"] == found[name]["requests_with_other_tokens"] == 0, found
+    table = Table("programs", "next token of every stream after, s", "first start, s", title="a device is left out")
+    for name, run in found.items():
+        table.add_row(name, f"{run['seconds_to_next_token_of_every_stream']:.2f}", f"{run['start_seconds']:.1f}")
+    result = {"width": width, "narrower": width - 1, "streams": STREAMS, "rehearsal_seconds": rehearsal_seconds}
+    bench.write("narrower", result | {"programs": found}, table)
 
 
 @pytest.mark.slow

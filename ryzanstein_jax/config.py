@@ -149,8 +149,9 @@ class OrchestratorConfig:
         restore_after_sec: how long a narrower group serves before a wider one takes its place, once machines that
             were lost are back; the requests that run then are replayed.
         standby: keep a second group of processes that has joined and loaded its programs, to take the place of one that
-            fails: recovery is then without most of the start. It holds no weights and no KV cache. "auto" has one on a
-            CPU that has memory for it. There is none on GPUs, whose memory a second process would reserve.
+            fails: recovery is then without most of the start. It holds no weights and no KV cache. In quiet moments
+            the programs of the next narrower group are compiled too. "auto" has one on a CPU that has memory for it.
+            There is none on GPUs, whose memory a second process would reserve.
         process_per_device: one process for each device; False makes one for all devices of this machine.
         drain_timeout_sec: how long `cleanup` lets processes end by themselves.
         log_dir: folder in which each run keeps its ranks' logs, in a folder of its own that goes with a clean end;

@@ -156,6 +156,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "orchestrator.launch",
         "orchestrator.capacity",
         "orchestrator.standby",
+        "orchestrator.rehearsal",
         "orchestrator.states",
         "orchestrator.owner",
         "orchestrator.supervisor",

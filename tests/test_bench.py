@@ -147,7 +147,8 @@ def test_the_benchmarks_run_on_a_tiny_model(tmp_path: Path) -> None:
         "--runs",
         "1",
         "-k",
-        "not start and not scaling and not replicas and not load and not constrained and not strategies",
+        "not start and not scaling and not replicas and not load and not constrained and not strategies and"
+        " not narrower",
         "--model",
         str(MODEL),
     ]

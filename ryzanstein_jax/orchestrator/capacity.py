@@ -70,6 +70,13 @@ class Capacity:
         except RyzansteinError:
             return 0
 
+    def narrower(self, width: int) -> int:
+        """The width that a group of this one would have without one of its devices; 0 where it could not go on."""
+        try:
+            return self._allocator.degraded_width(width - 1, least=self._least).width
+        except (ConfigError, MemoryBudgetError):
+            return 0
+
     def check_fit(self, slots: Sequence[int], devices: Sequence[DeviceReport]) -> None:
         """Refuses a model that can't fit before anything is loaded. A device not seen yet counts as those seen.
 

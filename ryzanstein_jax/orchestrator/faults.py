@@ -2,19 +2,21 @@
 
 `RYZANSTEIN_FAULT` in the leader's environment holds them: `kind:rank:generation:step`, several with commas between.
 Kinds are `exception` and `oom` (in that step), `stuck` (the rank stops taking steps, while its heartbeat goes on),
-`probe` (the device fails its probe), `start` (an exception while it loads). A generation of -1 means every one.
+`probe` (the device fails its probe), `start` (an exception while it loads), `poison` (an exception in each step that
+takes a token, whose id stands in the step's place). A generation of -1 means every one.
 Real deaths need none of this: kill the process.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from ryzanstein_jax.errors import ConfigError, RyzansteinError
 from ryzanstein_jax.orchestrator.status import FAULT_VARIABLE
 
-KINDS = ("exception", "oom", "stuck", "probe", "start")
+KINDS = ("exception", "oom", "stuck", "probe", "start", "poison")
 
 
 class InjectedFault(RyzansteinError):
@@ -51,9 +53,11 @@ class FaultPlan:
     def has(self, kind: str) -> bool:
         return any(found == kind for found, _ in self.faults)
 
-    def strike(self, step: int) -> None:
-        """Does what is planned for a step."""
+    def strike(self, step: int, token_ids: Collection[int] = ()) -> None:
+        """Does what is planned for a step, which takes these tokens."""
         for kind, when in self.faults:
+            if kind == "poison" and when in token_ids:
+                raise InjectedFault(f"an exception for token {when}, as asked for")
             if when != step:
                 continue
             if kind == "exception":

@@ -48,6 +48,7 @@ class Standby:
         events: told of what becomes of it.
         launch: starts the ranks of a group on some slots.
         config_of: the settings that ranks with these devices load with.
+        name: what events call it.
     """
 
     def __init__(
@@ -56,8 +57,10 @@ class Standby:
         events: EventLog,
         launch: Callable[[tuple[int, ...]], ProcessGroup],
         config_of: Callable[[Sequence[DeviceReport]], EngineConfig],
+        *,
+        name: str = "a standby",
     ):
-        self._options, self._events = options, events
+        self._options, self._events, self._name = options, events, name
         self._launch_group, self._config_of = launch, config_of
         patient = max(options.heartbeat_timeout_sec, _PATIENCE_SECONDS)
         self._monitor = HealthMonitor(dataclasses.replace(options, heartbeat_timeout_sec=patient))
@@ -66,6 +69,16 @@ class Standby:
         self._failures = 0
         self._not_before = 0.0
         self._is_prepared = False
+
+    @property
+    def is_started(self) -> bool:
+        """Whether there are processes, prepared or not."""
+        return self._launch is not None
+
+    @property
+    def is_prepared(self) -> bool:
+        """Whether it could take over now."""
+        return self._launch is not None and self._is_prepared
 
     def check(self, devices: Sequence[DeviceReport]) -> None:
         """Refuses what can't be, before anything is loaded.
@@ -87,8 +100,7 @@ class Standby:
         # Programs that are not kept would have to be compiled again.
         if not _on_cpu(devices) or config.compilation_cache_dir == "":
             return False
-        room = _available_bytes()
-        return room is None or room >= _ROOM * len(devices)
+        return has_room(len(devices))
 
     def begin(self) -> None:
         """A group has begun to serve: it is left alone for a moment."""
@@ -117,7 +129,9 @@ class Standby:
                 launch.check_time(Kind.PREPARED)
                 if launch.has(Kind.PREPARED):
                     self._is_prepared, self._failures = True, 0
-                    self._events.record(EventKind.STANDBY, "a standby is prepared", generation=launch.group.generation)
+                    self._events.record(
+                        EventKind.STANDBY, f"{self._name} is prepared", generation=launch.group.generation
+                    )
         except (GroupFault, RyzansteinError, OSError) as error:
             self._lose(error)
 
@@ -125,7 +139,7 @@ class Standby:
         try:
             group = self._launch_group(slots)
         except (GroupFault, RyzansteinError, OSError) as error:
-            self._put_off(f"a standby could not be started: {error}")
+            self._put_off(f"{self._name} could not be started: {error}")
             return
         self._monitor.watch(group)
         self._launch = Launch(group, self._monitor, self._options, lambda: False)
@@ -141,7 +155,7 @@ class Standby:
             return None
         try:
             launch.listen(0.0)
-            fits = self._is_prepared and self._slots == slots
+            fits = self.is_prepared and self._slots == slots
             if not fits or launch.prepared_for != self._config_of(launch.join()):
                 self.drop()
         except (GroupFault, RyzansteinError, OSError) as error:
@@ -159,13 +173,13 @@ class Standby:
         try:
             launch.group.kill()
         except (GroupFault, FrameError, OSError) as error:
-            self._events.record(EventKind.KILLED, f"killing a standby: {error!r}", severity="error")
+            self._events.record(EventKind.KILLED, f"killing {self._name}: {error!r}", severity="error")
 
     def _lose(self, error: Exception) -> None:
         assert self._launch is not None
         generation = self._launch.group.generation
         self.drop()
-        self._put_off(f"the standby is lost: {error}", generation)
+        self._put_off(f"{self._name} is lost: {error}", generation)
 
     def _put_off(self, message: str, generation: int = 0) -> None:
         wait = min(_MOST_BACKOFF, _BACKOFF_SECONDS * 2.0**self._failures)
@@ -185,7 +199,13 @@ class Standby:
         launch = self._launch
         if launch is None:
             return None
-        return {"generation": launch.group.generation, "prepared": self._is_prepared, "pids": self.pids()}
+        return {"generation": launch.group.generation, "prepared": self.is_prepared, "pids": self.pids()}
+
+
+def has_room(num_ranks: int) -> bool:
+    """Whether this machine has memory for the programs of so many ranks, as far as is known."""
+    room = _available_bytes()
+    return room is None or room >= _ROOM * num_ranks
 
 
 def _on_cpu(devices: Sequence[DeviceReport]) -> bool:

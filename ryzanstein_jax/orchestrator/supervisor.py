@@ -23,6 +23,7 @@ from ryzanstein_jax.orchestrator.logs import RunLogs
 from ryzanstein_jax.orchestrator.owner import Owner
 from ryzanstein_jax.orchestrator.process_group import ProcessGroup
 from ryzanstein_jax.orchestrator.recovery import Action, Decision, FailureRecoveryManager
+from ryzanstein_jax.orchestrator.rehearsal import Rehearsal
 from ryzanstein_jax.orchestrator.standby import Standby
 from ryzanstein_jax.orchestrator.telemetry import GpuSample, GpuTelemetry
 
@@ -56,6 +57,7 @@ class Supervisor:
         self._suspected: list[tuple[ProcessGroup, Fault]] = []  # by the engine's thread
         self._inspected: tuple[threading.Event, list[dict[str, Any]]] | None = None
         self._standby = Standby(self._options, self._events, self._launch, self._capacity.rank_config)
+        self._rehearsal = Rehearsal(self._options, self._events, self._launch, self._capacity)
         self._wants_standby = False
         self._launches = 0
         self._delay_until = 0.0
@@ -227,7 +229,9 @@ class Supervisor:
         self._standby.begin()
         while not self._closing.is_set() and not self._may_widen(since):
             if self._wants_standby:
-                self._standby.tend(self.slots, self.monitor.clock.idle_seconds())
+                self._standby.tend(self.slots, idle := self.monitor.clock.idle_seconds())
+                if self._standby.is_prepared:
+                    self._rehearsal.tend(self.slots, idle)
             for notice in group.poll(TICK):
                 fault_if_error(group, notice, serving=True)
                 if notice.kind is Kind.PROBED:
@@ -380,6 +384,7 @@ class Supervisor:
     def _kill(self) -> None:
         group, self._group = self._group, None
         self.monitor.watch(None)
+        self._rehearsal.drop()
         if group is None:
             return
         try:

@@ -151,7 +151,7 @@ class Worker:
                     raise FrameError(f"a frame {kind.name} where steps come")
                 plan = StepPlan.from_bytes(payload)
                 self._beat.received += 1
-                self._fault.strike(plan.step)
+                self._fault.strike(plan.step, plan.token_ids)
                 executor.submit(plan)
                 self._beat.dispatched += 1
                 self._collecting.put(plan.step)

@@ -65,7 +65,16 @@ class Watch:
 
 
 def run_streams(llm: AsyncLLM, watch: Watch | None = None) -> list[list[CompletionOutput]]:
-    """All requests at once, each a stream; every token arrives exactly once, in order."""
+    """All requests at once, each a stream; every token arrives exactly once, in order. The first error is raised."""
+    found = ends_of_streams(llm, watch)
+    for end in found:
+        if isinstance(end, BaseException):
+            raise end
+    return found  # type: ignore[return-value]
+
+
+def ends_of_streams(llm: AsyncLLM, watch: Watch | None = None) -> list[list[CompletionOutput] | BaseException]:
+    """As `run_streams`; errors stand where the outputs of their requests would."""
 
     async def one(prompt: list[int], params: SamplingParams) -> list[CompletionOutput]:
         seen: dict[int, list[int]] = {}
@@ -80,8 +89,8 @@ def run_streams(llm: AsyncLLM, watch: Watch | None = None) -> list[list[Completi
             assert seen[completion.index] == completion.token_ids
         return output.outputs
 
-    async def everything() -> list[list[CompletionOutput]]:
-        return await asyncio.gather(*(one(*request) for request in requests()))
+    async def everything() -> list[list[CompletionOutput] | BaseException]:
+        return await asyncio.gather(*(one(*request) for request in requests()), return_exceptions=True)
 
     return asyncio.run(everything())
 

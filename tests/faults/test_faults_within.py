@@ -2,22 +2,27 @@
 
 import os
 import shutil
+import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ryzanstein_jax import AsyncLLM
+from ryzanstein_jax import AsyncLLM, SamplingParams
 from ryzanstein_jax.errors import PoisonRequestError, RecoveryExhaustedError, UnsupportedModelError, WeightsError
 from ryzanstein_jax.orchestrator.status import FAULT_VARIABLE
 from ryzanstein_jax.request import CompletionOutput
+from tests.faults import harness
 from tests.faults.harness import (
     MODEL,
     OPTIONS,
     SETTINGS,
     Watch,
     await_state,
+    ends_of_streams,
     events,
     kill,
     nothing_left_behind,
@@ -37,10 +42,25 @@ def expected() -> list[list[CompletionOutput]]:
         llm.close()
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_left(
+    expected: list[list[CompletionOutput]], tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
+    scratch = tmp_path_factory.mktemp("scratch")
+    monkeypatch.setenv("TMPDIR", str(scratch))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    with nothing_left_behind(scratch):
+        yield
+
+
 @pytest.fixture
 def fault(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Plans faults for ranks that are started from now on."""
     return lambda text: monkeypatch.setenv(FAULT_VARIABLE, text)
+
+
+#: Few programs, where they have to be compiled.
+FEW = dict(max_num_seqs=4, max_num_batched_tokens=16)
 
 
 def start(**options: Any) -> AsyncLLM:
@@ -57,21 +77,35 @@ def test_a_step_that_fails_on_one_rank(
     expected: list[list[CompletionOutput]], fault: Any, text: str, kind: str
 ) -> None:
     fault(text)
-    with nothing_left_behind():
-        llm = start(step_timeout_sec=2.0)
-        same(run_streams(llm), expected)
-        (event,) = events(llm, "fault")
-        assert event["fault"] == kind
-        assert event["rank"] == int(text.split(":")[1])
-        assert llm.orchestrator is not None
-        limits = llm.orchestrator.limits
-        if kind == "out_of_memory":
-            # Smaller steps from now on, of the same programs.
-            assert llm.orchestrator.state == "degraded"
-            assert limits.max_num_seqs == SETTINGS["max_num_seqs"] // 2
-        else:
-            assert llm.orchestrator.state == "ready"
-        llm.close()
+    llm = start(step_timeout_sec=2.0)
+    same(run_streams(llm), expected)
+    (event,) = events(llm, "fault")
+    assert event["fault"] == kind
+    assert event["rank"] == int(text.split(":")[1])
+    assert llm.orchestrator is not None
+    limits = llm.orchestrator.limits
+    if kind == "out_of_memory":
+        # Smaller steps from now on, of the same programs.
+        assert llm.orchestrator.state == "degraded"
+        assert limits.max_num_seqs == SETTINGS["max_num_seqs"] // 2
+    else:
+        assert llm.orchestrator.state == "ready"
+    llm.close()
+
+
+def test_out_of_memory_again_halves_the_cache(expected: list[list[CompletionOutput]], fault: Any) -> None:
+    """It is too small for sixteen sequences then: some are preempted, and none differs."""
+    fault("oom:0:1:12,oom:1:2:5")
+    llm = start(settings={**FEW, "num_pages": 41})
+    same(run_streams(llm), expected)
+    assert llm.orchestrator is not None
+    limits = llm.orchestrator.limits
+    assert (limits.max_num_seqs, limits.num_pages) == (FEW["max_num_seqs"] // 2, 20)
+    assert [event["message"].split(":")[0] for event in events(llm, "degraded")][::2] == [
+        "shrink_batch",
+        "shrink_pages",
+    ]
+    llm.close()
 
 
 def test_a_device_that_fails_its_probe(expected: list[list[CompletionOutput]], fault: Any) -> None:
@@ -103,37 +137,80 @@ def test_a_device_that_fails_again_and_again_is_left_out(expected: list[list[Com
     llm.close()
 
 
-def test_a_request_that_kills_is_ended_alone(expected: list[list[CompletionOutput]], fault: Any) -> None:
-    """Every generation dies in its first step, so whoever runs alone is to blame, until the fault is taken away."""
-    fault("exception:0:-1:0")
+def test_a_request_that_kills_is_ended_alone(
+    expected: list[list[CompletionOutput]], fault: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever runs beside it, sixteen streams end as if it had never come."""
+    requests = harness.requests()
+    taken = {token for prompt, _ in requests for token in prompt}
+    taken |= {token for outputs in expected for completion in outputs for token in completion.token_ids}
+    poison = max(set(range(131)) - taken)
+    requests.insert(3, ([poison, *range(1, 9)], SamplingParams(max_tokens=28)))
+    monkeypatch.setattr(harness, "requests", lambda: requests)
+    fault(f"poison:0:-1:{poison}")
     llm = start()
+    found = ends_of_streams(llm)
+    assert isinstance(found.pop(3), PoisonRequestError)
+    same(found, expected)  # type: ignore[arg-type]
+    assert [event["fault"] for event in events(llm, "fault")] == 4 * ["exception"]
+    llm.close()
 
-    def mend() -> None:
-        while not events(llm, "fault") or events(llm, "fault")[-1]["generation"] < 4:
-            time.sleep(0.002)
-        os.environ[FAULT_VARIABLE] = ""
 
-    thread = threading.Thread(target=mend)
-    thread.start()
-    with pytest.raises(PoisonRequestError):
-        run_streams(llm)
-    thread.join()
-    same(run_streams(llm), expected)
+def test_a_rank_that_is_killed_while_a_narrower_group_compiles(
+    expected: list[list[CompletionOutput]], tmp_path: Path
+) -> None:
+    """A device is left out in the middle of all streams, and no program of the width that is left was ever made."""
+    hits: list[int] = []
+
+    def programs() -> int:
+        return len(list(tmp_path.glob("executables/*.executable")))
+
+    def hunt(known: int) -> None:
+        deadline = time.monotonic() + 60.0
+        while not hits and time.monotonic() < deadline:
+            ranks = status()["health"]["ranks"]
+            if len(ranks) == 1 and ranks[0]["phase"] == "loading" and programs() >= known + 3:
+                hits.append(ranks[0]["pid"])
+                os.kill(ranks[0]["pid"], 9)
+            time.sleep(0.0005)
+
+    def strike() -> None:
+        kill(llm, 1)
+        hunter.start()
+
+    llm = start(max_device_failures=1, settings={**FEW, "compilation_cache_dir": str(tmp_path)})
+    assert llm.orchestrator is not None
+    status = llm.orchestrator.status
+    hunter = threading.Thread(target=hunt, args=(programs(),))
+    same(run_streams(llm, Watch(60, strike)), expected)
+    hunter.join()
+    assert hits and (status()["state"], status()["width"]) == ("degraded", 1)
+    llm.close()
+    assert not list(tmp_path.glob("executables/.partial*")), "of the programs that were being written"
+
+
+def test_one_process_for_all_devices(expected: list[list[CompletionOutput]], fault: Any) -> None:
+    fault("exception:0:2:3")
+    llm = start(process_per_device=False)
+    (before,) = pids(llm)
+    same(run_streams(llm, Watch(100, lambda: kill(llm, 0))), expected)
+    assert llm.orchestrator is not None and llm.orchestrator.width == 2
+    assert [event["fault"] for event in events(llm, "fault")] == ["process_death", "exception"]
+    assert len(pids(llm)) == 1 and pids(llm) != [before]
     llm.close()
 
 
 def test_when_no_restart_is_left_every_request_ends_with_an_error(fault: Any) -> None:
     fault("exception:0:-1:3")
-    with nothing_left_behind():
-        llm = start(max_restart_attempts=2)
-        began = time.monotonic()
-        with pytest.raises(RecoveryExhaustedError, match="max_restart_attempts"):
-            run_streams(llm)
-        assert time.monotonic() - began < 60.0
-        await_state(llm, "failed")
-        with pytest.raises(RecoveryExhaustedError):
-            run_streams(llm)
-        llm.close()
+    llm = start(max_restart_attempts=2)
+    began = time.monotonic()
+    with pytest.raises(RecoveryExhaustedError, match="max_restart_attempts"):
+        run_streams(llm)
+    assert time.monotonic() - began < 60.0
+    await_state(llm, "failed")
+    with pytest.raises(RecoveryExhaustedError):
+        run_streams(llm)
+    llm.close()
 
 
 def test_without_restarts_the_first_fault_is_the_last(fault: Any) -> None:
@@ -184,9 +261,8 @@ def test_what_no_restart_can_mend_is_the_users_error(tmp_path: Any) -> None:
     """The ranks' own typed error comes back at once, and nothing stays behind."""
     shutil.copy(f"{MODEL}/config.json", tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
-    with nothing_left_behind():
-        with pytest.raises(WeightsError):
-            AsyncLLM(str(tmp_path), executor="processes", orchestrator=OPTIONS, **SETTINGS)
-        (tmp_path / "config.json").write_text('{"architectures": ["Unknown"], "model_type": "unknown"}')
-        with pytest.raises(UnsupportedModelError):
-            AsyncLLM(str(tmp_path), executor="processes", orchestrator=OPTIONS, **SETTINGS)
+    with pytest.raises(WeightsError):
+        AsyncLLM(str(tmp_path), executor="processes", orchestrator=OPTIONS, **SETTINGS)
+    (tmp_path / "config.json").write_text('{"architectures": ["Unknown"], "model_type": "unknown"}')
+    with pytest.raises(UnsupportedModelError):
+        AsyncLLM(str(tmp_path), executor="processes", orchestrator=OPTIONS, **SETTINGS)

@@ -4,11 +4,13 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ryzanstein_jax import AsyncLLM
+from ryzanstein_jax.orchestrator import rehearsal
 from ryzanstein_jax.orchestrator import standby as module
 from ryzanstein_jax.request import CompletionOutput
 from tests.faults.harness import (
@@ -100,6 +102,7 @@ def test_a_standby_that_still_loads_is_not_waited_for(llm: AsyncLLM, expected: l
     def strike() -> None:
         os.kill(prepared(llm)["pids"][0], signal.SIGKILL)
         loading.append(standby(llm, lambda found: not found["prepared"]))
+        os.kill(loading[0]["pids"][1], signal.SIGSTOP)  # else it might be prepared before the next fault is seen
         kill(llm, 0)
 
     same(run_streams(llm, Watch(100, strike)), expected)
@@ -133,3 +136,26 @@ def test_a_standby_that_stands_still_unnoticed_is_not_waited_for(
 
     same(run_streams(llm, Watch(100, strike)), expected)
     assert status(llm)["generation"] > waiting["generation"]
+
+
+def test_the_programs_of_a_narrower_group_are_there_before_it_is(
+    expected: list[list[CompletionOutput]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("_SETTLE_SECONDS", "_AT_LATEST_SECONDS"):
+        monkeypatch.setattr(module, name, 0.1)
+    monkeypatch.setattr(rehearsal, "_QUIET_SECONDS", 0.3)
+    few = {**SETTINGS, "max_num_seqs": 4, "max_num_batched_tokens": 16, "compilation_cache_dir": str(tmp_path)}
+    with nothing_left_behind():
+        llm = AsyncLLM(
+            MODEL, executor="processes", orchestrator={**OPTIONS, "standby": True, "max_device_failures": 1}, **few
+        )
+        deadline = time.monotonic() + 120.0
+        while not any("narrower" in event["message"] for event in events(llm, "standby")):
+            assert time.monotonic() < deadline, status(llm)
+            time.sleep(0.05)
+        programs = set(tmp_path.glob("executables/*"))
+        same(run_streams(llm, Watch(60, lambda: kill(llm, 1))), expected)
+        assert status(llm)["width"] == 1
+        made = set(tmp_path.glob("executables/*")) - programs
+        assert len(made) <= 1, "only what makes the cache, which a rehearsal does not have"
+        llm.close()

@@ -1,5 +1,6 @@
 """Faults made on purpose: read strictly, and only for whom they are meant."""
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -57,6 +58,13 @@ def test_it_strikes_in_its_step_only():
         plan.strike(step)
     with pytest.raises(InjectedFault, match="in step 5"):
         plan.strike(5)
+
+
+def test_poison_is_a_token_in_whatever_step():
+    plan = FaultPlan.parse("poison:0:-1:7", 0, 4)
+    plan.strike(7, np.array([1, 2, -7], np.int32))
+    with pytest.raises(InjectedFault, match="token 7"):
+        plan.strike(3, np.array([1, 7], np.int32))
 
 
 def test_stuck_waits_for_ever(monkeypatch):

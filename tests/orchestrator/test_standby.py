@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from ryzanstein_jax.config import EngineConfig, OrchestratorConfig
-from ryzanstein_jax.errors import ConfigError, MemoryBudgetError, ProcessGroupError, RecoveryExhaustedError
+from ryzanstein_jax.errors import ConfigError, ProcessGroupError, RecoveryExhaustedError
 from ryzanstein_jax.orchestrator import devices as device_reports
 from ryzanstein_jax.orchestrator import standby as module
 from ryzanstein_jax.orchestrator.capacity import Capacity
@@ -303,28 +303,6 @@ def test_devices_that_are_left_out_come_back():
         made.exclude(slot, "broken")
     with pytest.raises(RecoveryExhaustedError, match="0 of 3 devices are left"):
         made.choose((0, 1, 2))
-
-
-def test_a_width_that_the_model_has_not_or_does_not_fit_is_passed_over():
-    made, six = capacity(tensor_parallel_size=6, sharding="output", num_pages=9, memory_fraction=1.0), tuple(range(6))
-    assert made.choose(six) == six
-    made.check_fit(six, [sized(slot, 100_000) for slot in six])  # all weights are larger than that
-    assert made.can_exclude((1,), 6)
-    made.exclude(1, "it died three times")
-    assert made.choose(six) == (0, 2, 3, 4), "five do not divide the hidden size of 48"
-    assert made.widest(six) == 4, "and no wider group is waited for"
-    for slot in (2, 3, 4):
-        assert made.can_exclude((slot,), len(made.choose(six)))
-        made.exclude(slot, "it died too")
-    assert made.choose(six) == (0, 5) and not made.can_exclude((5,), 2)
-    made.exclude(5, "it went with its machine")
-    with pytest.raises(MemoryBudgetError, match="does not fit"):
-        made.choose(six)
-    assert made.widest(six) == 0
-
-
-def sized(slot: int, memory_bytes: int) -> DeviceReport:
-    return DeviceReport(slot, "gpu", "x", memory_bytes, f"host {slot}", slot, "")
 
 
 def test_gpus_are_told_apart_by_their_bus_and_by_number_only_where_no_rank_told():
