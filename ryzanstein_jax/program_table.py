@@ -46,6 +46,9 @@ class BackgroundLoader:
 
     JAX holds Python's lock for most of a load: a step that comes meanwhile waits for it, up to half a second.
 
+    Attributes:
+        has_loaded: whether none of them is postponed any more.
+
     Args:
         waiting: table and size of each, in the order in which they are likely to be wanted.
         afterwards: what else to do when nothing else is to be done; None for nothing.
@@ -60,6 +63,7 @@ class BackgroundLoader:
     ):
         self._waiting, self._afterwards, self._idle_seconds = list(waiting), afterwards, idle_seconds
         self._stopped = threading.Event()
+        self.has_loaded = False
         self._thread = threading.Thread(target=self._run, name="load-programs")
         self._thread.start()
 
@@ -82,6 +86,7 @@ class BackgroundLoader:
                 return
             if size not in table:
                 table[size]
+        self.has_loaded = True
         if self._afterwards is not None and self._await_calm():
             self._afterwards()
         self._afterwards = None  # it may hold files open

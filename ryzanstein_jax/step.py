@@ -82,7 +82,8 @@ class StepPrograms:
         store: keeps compiled programs for the next start; None keeps none.
 
     Attributes:
-        prefers_loaded: whether to run a step in a larger bucket rather than wait for its own to be loaded.
+        quick: buckets to prefer to smaller ones. All processes of a mesh have to name the same: what each has loaded
+            so far may differ, and steps of unlike buckets would mix up their collectives.
     """
 
     def __init__(
@@ -99,7 +100,7 @@ class StepPrograms:
         self.spec, self.sizes, self.dtype, self.mesh, self.shapes = spec, sizes, jnp.dtype(dtype), mesh, shapes
         rules = self.rules = RULES[sizes.sharding]
         self.metrics = metrics if metrics is not None else Metrics()
-        self.store, self.prefers_loaded = store, False
+        self.store, self.quick = store, frozenset[Bucket]()
         self._environment = environment_of(mesh) if store is not None else {}
         self.replicated = NamedSharding(mesh, PartitionSpec())
         decoder = Decoder(spec, sizes, self.dtype)
@@ -371,11 +372,10 @@ class StepPrograms:
         return program_key(program, self._environment)
 
     def bucket_of(self, plan: StepPlan) -> Bucket:
-        """The cheapest bucket that holds a plan; with `prefers_loaded`, of those whose program is there, if any."""
+        """The cheapest bucket that holds a plan; of the quick ones, if one does."""
         fitting = [bucket for bucket in self.shapes.buckets if bucket.holds(plan)]
-        loaded = [bucket for bucket in fitting if bucket in self.forwards] if self.prefers_loaded else []
         if fitting:
-            return (loaded or fitting)[0]
+            return next((bucket for bucket in fitting if bucket in self.quick), fitting[0])
         raise ValueError(
             f"no bucket holds {plan.num_decodes} decodes, {plan.num_prefill_tokens} prompt tokens of "
             f"{plan.num_prefills} prompts and {len(plan.rows)} rows"

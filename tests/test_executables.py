@@ -320,6 +320,7 @@ def test_programs_that_are_not_needed_first_are_postponed(store):
             warm.forwards["no such size"]
         loader = BackgroundLoader(later)
         loader.wait()
+        assert loader.has_loaded
         assert set(warm.forwards) == set(buckets) and set(warm.full_samplers) == set(cold.full_samplers)
         counted = warm.metrics.snapshot()["counters"]
         assert counted == {"compiles": total, "executables_loaded": total}
@@ -351,7 +352,7 @@ def test_the_background_stops_before_the_next_load():
     loader.stop()
     go.set()
     loader.wait()
-    assert loaded == [1] and table.postponed == {2}
+    assert loaded == [1] and table.postponed == {2} and not loader.has_loaded
 
 
 def test_the_background_waits_until_nothing_is_going_on():

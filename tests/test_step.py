@@ -79,6 +79,20 @@ def test_the_cheapest_bucket_is_taken():
         programs.bucket_of(make_plan([(tokens, pages, 3)] * 5))
 
 
+def test_of_quick_buckets_one_is_taken_whatever_this_process_has_loaded():
+    programs = make_programs(golden_spec("llama"), 1, *bucket_ladder(4, 32))
+    tokens, pages = np.zeros(64, np.int32), list(range(16))
+    plans = make_plan([(tokens, pages, 3)]), make_plan([(tokens, pages, 3)], [(tokens, pages, 0, 2)])
+    exact = [programs.bucket_of(plan) for plan in plans]
+    full = next(bucket for bucket in programs.shapes.buckets if (bucket.decodes, bucket.prefill_tokens) == (4, 0))
+    programs.quick = frozenset({full})
+    assert [programs.bucket_of(plan) for plan in plans] == [full, exact[1]]
+    programs.forwards[exact[0]] = "loaded here, and perhaps nowhere else"
+    assert programs.bucket_of(plans[0]) == full
+    programs.quick = frozenset()
+    assert [programs.bucket_of(plan) for plan in plans] == exact
+
+
 def test_history_is_counted_through_the_pages():
     rng = np.random.default_rng(0)
     page_size, width, vocab = 4, 6, 9

@@ -66,8 +66,8 @@ class LocalExecutor:
         first: the steps that will come first, as (decode tokens, prompt tokens) each: their programs are loaded
             before the executor is ready. Others that earlier starts left on disk are loaded when a step wants
             them, or while there are no steps.
-        hurry: run a step in a larger bucket rather than wait until its own is loaded. It rounds otherwise, so two
-            runs may differ in the last bits of a log-probability.
+        hurry: run steps in the buckets of `first`, where they fit, rather than wait until their own are loaded; see
+            `in_haste`. They round otherwise, so two runs may differ in the last bits of a log-probability.
         pause: for a process that shall be ready, and not in the way until it is needed. Programs are loaded with low
             priority; then this is called, and when it returns, weights and cache take their memory.
 
@@ -143,7 +143,7 @@ class LocalExecutor:
             load = partial(_load, config, files, spec, sizes, programs)
             loading = loader.submit(load) if pause is None else None
             needed = {_bucket_for(buckets, *step) for step in first}
-            programs.prefers_loaded = hurry
+            self._quick = frozenset(needed) if hurry else frozenset()
             postponed = programs.compile_all(
                 lambda done, total: progress("compiling", done, total),
                 first=needed,
@@ -183,6 +183,19 @@ class LocalExecutor:
         self._background = BackgroundLoader(postponed, afterwards, self._idle_seconds)
         self._meter = UsageMeter(programs, runner, mesh.local_devices)
 
+    @property
+    def has_loaded(self) -> bool:
+        """Whether all programs are loaded, so that there is no reason for haste any more."""
+        return self._background.has_loaded
+
+    def stop_loading(self) -> None:
+        """Loads no further program before a step wants it."""
+        self._background.stop()
+
+    def in_haste(self, hasty: bool) -> None:
+        """Whether the steps that follow prefer the buckets of `first`. The same on all processes, or they hang."""
+        self._programs.quick = self._quick if hasty else frozenset()
+
     def submit(self, plan: StepPlan) -> None:
         self._last_step = time.monotonic()
         self._runner.submit(plan)
@@ -201,7 +214,7 @@ class LocalExecutor:
 
     def close(self) -> None:
         self._meter.stop()
-        self._background.stop()
+        self.stop_loading()
         self._runner.close()
 
     def collectives(self) -> dict[str, list[Collective]]:

@@ -3,20 +3,23 @@
 `RYZANSTEIN_FAULT` in the leader's environment holds them: `kind:rank:generation:step`, several with commas between.
 Kinds are `exception` and `oom` (in that step), `stuck` (the rank stops taking steps, while its heartbeat goes on),
 `probe` (the device fails its probe), `start` (an exception while it loads), `poison` (an exception in each step that
-takes a token, whose id stands in the step's place). A generation of -1 means every one.
+takes a token, whose id stands in the step's place, three times in a row), `lazy` (it loads no program before a step wants it). A generation
+of -1 means every one.
 Real deaths need none of this: kill the process.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from ryzanstein_jax.errors import ConfigError, RyzansteinError
 from ryzanstein_jax.orchestrator.status import FAULT_VARIABLE
 
-KINDS = ("exception", "oom", "stuck", "probe", "start", "poison")
+KINDS = ("exception", "oom", "stuck", "probe", "start", "poison", "lazy")
 
 
 class InjectedFault(RyzansteinError):
@@ -53,10 +56,10 @@ class FaultPlan:
     def has(self, kind: str) -> bool:
         return any(found == kind for found, _ in self.faults)
 
-    def strike(self, step: int, token_ids: Collection[int] = ()) -> None:
+    def strike(self, step: int, token_ids: Sequence[int] | np.ndarray = ()) -> None:
         """Does what is planned for a step, which takes these tokens."""
         for kind, when in self.faults:
-            if kind == "poison" and when in token_ids:
+            if kind == "poison" and any(list(token_ids[i : i + 3]) == 3 * [when] for i in range(len(token_ids))):
                 raise InjectedFault(f"an exception for token {when}, as asked for")
             if when != step:
                 continue

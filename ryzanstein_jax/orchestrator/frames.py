@@ -32,7 +32,7 @@ _MOST_PENDING, _FRAME_COST = 1 << 20, 256
 
 
 class Kind(IntEnum):
-    """What a frame is. Those of the leader: SPAWN to PREPARE; of the other side: SPAWNED to PREPARED."""
+    """What a frame is. Those of the leader: SPAWN to HASTY_PLAN; of the other side: SPAWNED to PREPARED."""
 
     SPAWN = 1  # to an agent: start a rank
     KILL = 2  # to an agent: kill the ranks of a generation
@@ -43,6 +43,7 @@ class Kind(IntEnum):
     STOP = 7  # to a rank or an agent: end
     PLAN = 8  # to a rank: run this step
     PREPARE = 9  # to a rank: load this model's programs, and wait for START before taking memory of a device
+    HASTY_PLAN = 10  # to a rank: run this step, with programs that all ranks loaded before they were ready
     SPAWNED = 32  # from an agent
     EXITED = 33  # from an agent: how a rank ended
     HELLO = 34  # from an agent or a rank: who it is; from a rank: its devices; to them: welcome
@@ -58,7 +59,9 @@ class Kind(IntEnum):
     AUTH = 64  # both ways, on sockets that anybody could have opened
 
 
-_LARGE = {Kind.PLAN: MAX_PLAN_BYTES, Kind.RESULT: MAX_PLAN_BYTES, Kind.INSPECTED: 16 << 20}
+_LARGE = {
+    Kind.PLAN: MAX_PLAN_BYTES, Kind.HASTY_PLAN: MAX_PLAN_BYTES, Kind.RESULT: MAX_PLAN_BYTES, Kind.INSPECTED: 16 << 20,
+}  # fmt: skip
 _SMALL = 1 << 20
 
 

@@ -201,10 +201,14 @@ class ProcessGroup:
                 raise GroupFault(self._fault_of_silence(receiver, error)) from error
 
     def broadcast(self, plan: bytes) -> None:
-        """Sends a step's plan to all ranks; raises as `tell`."""
+        """Sends a step's plan to all ranks; raises as `tell`.
+
+        Each rank loads programs when it finds the time. Which of them a step may run is decided here, for all alike.
+        """
+        kind = Kind.PLAN if all(rank.beat.has_loaded for rank in self.ranks) else Kind.HASTY_PLAN
         for receiver in self.ranks:
             try:
-                receiver.steps.send(Kind.PLAN, plan)
+                receiver.steps.send(kind, plan)
             except ChannelClosedError as error:
                 raise GroupFault(self._fault_of_silence(receiver, error)) from error
 

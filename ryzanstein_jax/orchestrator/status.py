@@ -12,7 +12,7 @@ from ryzanstein_jax.orchestrator.frames import FrameError
 #: Holds the faults to make on purpose; see `faults`.
 FAULT_VARIABLE = "RYZANSTEIN_FAULT"
 
-_HEARTBEAT = struct.Struct("<Bqqqqq")
+_HEARTBEAT = struct.Struct("<BBqqqqq")
 #: No number of a rank's description comes near it.
 _MOST = 1 << 32
 
@@ -34,6 +34,7 @@ class Heartbeat:
     Attributes:
         memory: bytes in use on its device; 0 where that is not known.
         communicated: bytes that collectives brought it.
+        has_loaded: whether it has all programs, those too that wait for a calm moment.
     """
 
     phase: Phase = Phase.JOINING
@@ -42,19 +43,20 @@ class Heartbeat:
     done: int = 0
     memory: int = 0
     communicated: int = 0
+    has_loaded: bool = False
 
     def to_bytes(self) -> bytes:
         counts = (self.received, self.dispatched, self.done, self.memory, self.communicated)
-        return _HEARTBEAT.pack(self.phase, *counts)
+        return _HEARTBEAT.pack(self.phase, self.has_loaded, *counts)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Heartbeat:
         """Raises FrameError where the bytes are no heartbeat."""
         try:
-            phase, *counts = _HEARTBEAT.unpack(data)
-            if min(counts) < 0:
-                raise ValueError("a count below 0")
-            return cls(Phase(phase), *counts)
+            phase, has_loaded, received, dispatched, done, memory, communicated = _HEARTBEAT.unpack(data)
+            if min(received, dispatched, done, memory, communicated) < 0 or has_loaded > 1:
+                raise ValueError("a count below 0, or a flag above 1")
+            return cls(Phase(phase), received, dispatched, done, memory, communicated, bool(has_loaded))
         except (struct.error, ValueError) as error:
             raise FrameError(f"not a heartbeat: {data[:40]!r}") from error
 

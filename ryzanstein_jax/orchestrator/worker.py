@@ -114,6 +114,8 @@ class Worker:
             hurry=restarted,
             pause=partial(self._await_start, order) if kind is Kind.PREPARE else None,
         )
+        if self._fault.has("lazy"):
+            executor.stop_loading()
         if kind is Kind.START:
             self._prepare_probe()
         self._beat.phase = Phase.SERVING
@@ -147,11 +149,12 @@ class Worker:
                 frame = self._steps.receive()
                 assert frame is not None
                 kind, payload = frame
-                if kind is not Kind.PLAN:
+                if kind not in (Kind.PLAN, Kind.HASTY_PLAN):
                     raise FrameError(f"a frame {kind.name} where steps come")
                 plan = StepPlan.from_bytes(payload)
                 self._beat.received += 1
                 self._fault.strike(plan.step, plan.token_ids)
+                executor.in_haste(kind is Kind.HASTY_PLAN)
                 executor.submit(plan)
                 self._beat.dispatched += 1
                 self._collecting.put(plan.step)
@@ -233,6 +236,7 @@ class Worker:
                     usage = self._executor.usage()
                     self._beat.memory = sum(one.memory_bytes or 0 for one in usage)
                     self._beat.communicated = usage[0].collective_bytes
+                    self._beat.has_loaded = self._executor.has_loaded
                 self._control.send(Kind.HEARTBEAT, self._beat.to_bytes())
                 time.sleep(self._spec.heartbeat_interval_sec)
         except ChannelClosedError:

@@ -59,6 +59,8 @@ def fault(monkeypatch: pytest.MonkeyPatch) -> Any:
     return lambda text: monkeypatch.setenv(FAULT_VARIABLE, text)
 
 
+#: No other request has them in a row.
+POISON = 3 * [125]
 #: Few programs, where they have to be compiled.
 FEW = dict(max_num_seqs=4, max_num_batched_tokens=16)
 
@@ -142,12 +144,9 @@ def test_a_request_that_kills_is_ended_alone(
 ) -> None:
     """Whatever runs beside it, sixteen streams end as if it had never come."""
     requests = harness.requests()
-    taken = {token for prompt, _ in requests for token in prompt}
-    taken |= {token for outputs in expected for completion in outputs for token in completion.token_ids}
-    poison = max(set(range(131)) - taken)
-    requests.insert(3, ([poison, *range(1, 9)], SamplingParams(max_tokens=28)))
+    requests.insert(3, ([*POISON, *range(1, 9)], SamplingParams(max_tokens=28)))
     monkeypatch.setattr(harness, "requests", lambda: requests)
-    fault(f"poison:0:-1:{poison}")
+    fault(f"poison:0:-1:{POISON[0]}")
     llm = start()
     found = ends_of_streams(llm)
     assert isinstance(found.pop(3), PoisonRequestError)
@@ -218,6 +217,25 @@ def test_without_restarts_the_first_fault_is_the_last(fault: Any) -> None:
     llm = start(enable_auto_restart=False)
     with pytest.raises(RecoveryExhaustedError, match="enable_auto_restart"):
         run_streams(llm)
+    llm.close()
+
+
+def test_ranks_that_load_at_their_own_pace_run_the_same_programs(
+    expected: list[list[CompletionOutput]], fault: Any
+) -> None:
+    """After a restart the rest is loaded in calm moments. One rank has loaded all of it, and the other one nothing."""
+    fault("lazy:1:2:0")
+    llm = start()
+    same(run_streams(llm, Watch(60, lambda: kill(llm, 0))), expected)
+    assert llm.orchestrator is not None
+    group = llm.orchestrator._supervisor._group
+    assert group is not None
+    deadline = time.monotonic() + 60.0
+    while not group.ranks[0].beat.has_loaded and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert [rank.beat.has_loaded for rank in group.ranks] == [True, False]
+    same(run_streams(llm), expected)
+    assert [event["fault"] for event in events(llm, "fault")] == ["process_death"]
     llm.close()
 
 

@@ -62,9 +62,9 @@ def test_it_strikes_in_its_step_only():
 
 def test_poison_is_a_token_in_whatever_step():
     plan = FaultPlan.parse("poison:0:-1:7", 0, 4)
-    plan.strike(7, np.array([1, 2, -7], np.int32))
+    plan.strike(7, np.array([7, 7, -7, 7], np.int32))
     with pytest.raises(InjectedFault, match="token 7"):
-        plan.strike(3, np.array([1, 7], np.int32))
+        plan.strike(3, np.array([1, 7, 7, 7], np.int32))
 
 
 def test_stuck_waits_for_ever(monkeypatch):

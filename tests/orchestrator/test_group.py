@@ -12,6 +12,7 @@ from ryzanstein_jax.orchestrator.fault import FaultKind, GroupFault
 from ryzanstein_jax.orchestrator.frames import Channel, Kind
 from ryzanstein_jax.orchestrator.host import HostAgent, LocalAgent
 from ryzanstein_jax.orchestrator.process_group import Notice, ProcessGroup
+from ryzanstein_jax.orchestrator.rank import Rank
 from ryzanstein_jax.orchestrator.status import Heartbeat, Phase, RankSpec
 
 
@@ -51,6 +52,24 @@ def test_heartbeats_are_kept_and_the_rest_is_passed_on(pair):
     rank.send(Kind.PONG, b"{}")
     assert group.poll(1.0) == [Notice(0, Kind.PONG, b"{}")]
     assert group.ranks[0].beat == Heartbeat(Phase.SERVING, 3, 2, 1) and group.ranks[0].beat_time >= before
+
+
+def test_all_ranks_run_a_step_in_haste_until_the_last_one_has_loaded():
+    """What one has loaded another may not have: steps of unlike programs would mix up their collectives."""
+    group, ends = ProcessGroup(1, None), []
+    for number in range(2):
+        steps, other = Channel.pair()
+        ends.append(Channel(other))
+        group.ranks.append(Rank(number, number, steps, steps, SimpleNamespace(close=lambda: None)))
+    for loaded in ((False, False), (True, False), (True, True)):
+        for rank, has_loaded in zip(group.ranks, loaded, strict=True):
+            rank.beat = Heartbeat(Phase.SERVING, has_loaded=has_loaded)
+        group.broadcast(b"plan")
+        kind = Kind.PLAN if all(loaded) else Kind.HASTY_PLAN
+        assert [end.receive(1.0) for end in ends] == 2 * [(kind, b"plan")]
+    for end in ends:
+        end.close()
+    group.release()
 
 
 @pytest.mark.parametrize("payload", [b"", Heartbeat().to_bytes() + b"!"])

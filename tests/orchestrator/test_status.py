@@ -19,9 +19,9 @@ NUMBERS = ("rank", "num_processes", "generation", "slot", "local_index", "local_
 
 
 @unhurried
-@given(st.sampled_from(Phase), *[st.integers(0, (1 << 63) - 1)] * 3)
-def test_a_heartbeat_survives_the_trip(phase, received, dispatched, done):
-    beat = Heartbeat(phase, received, dispatched, done)
+@given(st.sampled_from(Phase), *[st.integers(0, (1 << 63) - 1)] * 3, st.booleans())
+def test_a_heartbeat_survives_the_trip(phase, received, dispatched, done, has_loaded):
+    beat = Heartbeat(phase, received, dispatched, done, has_loaded=has_loaded)
     assert Heartbeat.from_bytes(beat.to_bytes()) == beat
 
 
@@ -43,8 +43,9 @@ def test_any_bytes_are_a_heartbeat_or_refused(data):
         Heartbeat().to_bytes() + b"\0",
         b"\xff" + Heartbeat().to_bytes()[1:],
         Heartbeat(Phase.SERVING, 1, -1, 0).to_bytes(),
+        Heartbeat().to_bytes()[:1] + b"\2" + Heartbeat().to_bytes()[2:],
     ],
-    ids=["nothing", "short", "long", "phase", "negative"],
+    ids=["nothing", "short", "long", "phase", "negative", "flag"],
 )
 def test_what_is_no_heartbeat(data):
     with pytest.raises(FrameError, match="not a heartbeat"):
