@@ -3,8 +3,8 @@
 `RYZANSTEIN_FAULT` in the leader's environment holds them: `kind:rank:generation:step`, several with commas between.
 Kinds are `exception` and `oom` (in that step), `stuck` (the rank stops taking steps, while its heartbeat goes on),
 `probe` (the device fails its probe), `start` (an exception while it loads), `poison` (an exception in each step that
-takes a token, whose id stands in the step's place, three times in a row), `lazy` (it loads no program before a step wants it). A generation
-of -1 means every one.
+takes a token, whose id stands in the step's place, three times in a row), `lazy` (it loads no program before a step
+wants it). A generation of -1 means every one.
 Real deaths need none of this: kill the process.
 """
 
