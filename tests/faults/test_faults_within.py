@@ -79,7 +79,7 @@ def test_a_step_that_fails_on_one_rank(
     expected: list[list[CompletionOutput]], fault: Any, text: str, kind: str
 ) -> None:
     fault(text)
-    llm = start(step_timeout_sec=2.0)
+    llm = start(step_timeout_sec=5.0)  # no other step may take so long, on a machine with other work either
     same(run_streams(llm), expected)
     (event,) = events(llm, "fault")
     assert event["fault"] == kind
@@ -97,8 +97,8 @@ def test_a_step_that_fails_on_one_rank(
 
 def test_out_of_memory_again_halves_the_cache(expected: list[list[CompletionOutput]], fault: Any) -> None:
     """It is too small for sixteen sequences then: some are preempted, and none differs."""
-    fault("oom:0:1:12,oom:1:2:5")
-    llm = start(settings={**FEW, "num_pages": 41})
+    fault("oom:0:1:12,oom:0:2:5")
+    llm = start(settings={**FEW, "num_pages": 41, "tensor_parallel_size": 1})
     same(run_streams(llm), expected)
     assert llm.orchestrator is not None
     limits = llm.orchestrator.limits
