@@ -27,6 +27,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from ryzanstein_jax import kv_cache, native
+from ryzanstein_jax.kv_cache import Pages, QuantizedPages
 
 #: Queries in a tile of a prompt chunk, and positions of a block of pages; chosen by measurement on CPUs.
 TILE = 32
@@ -110,19 +111,19 @@ def attend(
     q_TKQH: jax.Array,
     k_TKH: jax.Array,
     v_TKH: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
+    keys: Pages,
+    values: Pages,
     plan: AttentionPlan,
     *,
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, Pages, Pages]:
     """Stores the new keys and values, then attends.
 
     Args:
         q_TKQH, k_TKH, v_TKH: of this step's tokens, rotated.
-        keys, values: the layer's pages, [P, K, page, H].
+        keys, values: the layer's `kv_cache.Pages`, [P, K, page, H].
         scale: multiplies the scores.
         window: attend to that many last positions only, the token's own included.
         softcap: scores become softcap * tanh(score / softcap).
@@ -345,22 +346,28 @@ def _rows(pages_NP: jax.Array, num_slots: int) -> jax.Array:
 
 
 def _read_blocks(keys, values, rows_NX):  # type: ignore[no-untyped-def]
-    """Keys and values [N, K, L, H] of the blocks that lie in these rows."""
+    """Keys and values [N, K, L, H] of the blocks that lie in these rows, as their pages are: with scales [N, K, L]."""
     _, num_slots, page_size, head_dim = keys.shape
     # The barriers keep other arithmetic out of the gather, and wide rows make it a plain copy: with either left
     # out XLA's CPU code for it is up to twice as slow.
     rows_X = jax.lax.optimization_barrier(rows_NX.reshape(-1))
     width = math.gcd(page_size * head_dim, 128)
 
-    def read(cache: jax.Array) -> jax.Array:
+    def gather(cache: jax.Array, width: int) -> jax.Array:
+        size = math.prod(cache.shape[2:])
         wide = (
-            cache.reshape(-1, page_size * head_dim // width, width)
+            cache.reshape(-1, size // width, width)
             .at[rows_X]
             .get(mode="promise_in_bounds", wrap_negative_indices=False)
         )
         return jax.lax.optimization_barrier(wide).reshape(
-            -1, num_slots, rows_NX.shape[-1] // num_slots * page_size, head_dim
+            -1, num_slots, rows_NX.shape[-1] // num_slots * page_size, *cache.shape[3:]
         )
+
+    def read(pages: Pages) -> Pages:
+        if isinstance(pages, QuantizedPages):
+            return QuantizedPages(gather(pages.numbers, width), gather(pages.scales, page_size))
+        return gather(pages, width)
 
     return read(keys), read(values)
 
@@ -376,8 +383,13 @@ def _start(q_NKXH: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 def _update(carry, q_NKXH, k_NKLH, v_NKLH, seen, *, scale, softcap):  # type: ignore[no-untyped-def]
-    """One block into the running softmax; None is one that has seen nothing."""
-    scores = jnp.einsum("nkxh,nklh->nkxl", q_NKXH, k_NKLH, preferred_element_type=jnp.float32) * scale
+    """One block into the running softmax; None is one that has seen nothing.
+
+    Scales of keys and values go into scores and weights: those are fewer than the numbers.
+    """
+    k_NKLH, k_scales = _numbers(k_NKLH, q_NKXH.dtype)
+    v_NKLH, v_scales = _numbers(v_NKLH, q_NKXH.dtype)
+    scores = jnp.einsum("nkxh,nklh->nkxl", q_NKXH, k_NKLH, preferred_element_type=jnp.float32) * (scale * k_scales)
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     scores = jnp.where(seen, scores, _MASKED)
@@ -385,11 +397,19 @@ def _update(carry, q_NKXH, k_NKLH, v_NKLH, seen, *, scale, softcap):  # type: ig
     new_maximum = jnp.maximum(maximum, jnp.max(scores, axis=-1, keepdims=True))
     weights = jnp.exp(scores - new_maximum)
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    values = jnp.einsum("nkxl,nklh->nkxh", weights.astype(v_NKLH.dtype), v_NKLH, preferred_element_type=jnp.float32)
+    weights = (weights * v_scales).astype(v_NKLH.dtype)
+    values = jnp.einsum("nkxl,nklh->nkxh", weights, v_NKLH, preferred_element_type=jnp.float32)
     if carry is None:
         return new_maximum, total, values
     decay = jnp.exp(maximum - new_maximum)
     return new_maximum, carry[1] * decay + total, carry[2] * decay + values
+
+
+def _numbers(block_NKLH: Pages, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array | float]:
+    """What products take of a block, in their dtype, and what is left to multiply: [N, K, 1, L], or 1."""
+    if isinstance(block_NKLH, QuantizedPages):
+        return block_NKLH.numbers.astype(dtype), block_NKLH.scales[:, :, None]
+    return block_NKLH, 1.0
 
 
 def _finish(carry: tuple[jax.Array, jax.Array, jax.Array], dtype: jnp.dtype) -> jax.Array:

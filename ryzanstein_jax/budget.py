@@ -77,6 +77,13 @@ def resolve_dtype(dtype: str, checkpoint_dtype: str, platform: str) -> np.dtype:
     return np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
 
 
+def resolve_kv_dtype(kv_cache_dtype: str, dtype: np.dtype) -> np.dtype:
+    """The dtype of the KV cache that a setting stands for, beside activations of `dtype`."""
+    if kv_cache_dtype == "auto":
+        return dtype
+    return np.dtype(ml_dtypes.float8_e4m3fn if kv_cache_dtype == "fp8" else kv_cache_dtype)
+
+
 def resolve_fraction(memory_fraction: float | None, platform: str) -> float:
     """The share of a device's memory that None stands for."""
     return memory_fraction or (0.25 if platform == "cpu" else 0.9)
@@ -96,6 +103,7 @@ def plan_memory(
     max_model_len: int,
     max_num_seqs: int,
     num_pages: int | None = None,
+    kv_cache_dtype: str = "auto",
 ) -> MemoryPlan:
     """Gives what the weights and temporaries leave of the budget to pages of KV cache.
 
@@ -106,7 +114,7 @@ def plan_memory(
             message holds the sum and the nearest setting that fits.
     """
     budget = int(total * memory_fraction)
-    page = sizes.page_bytes(spec, page_size, dtype.itemsize)
+    page = sizes.page_bytes(spec, page_size, resolve_kv_dtype(kv_cache_dtype, dtype).itemsize)
     left = budget - weights - temporaries - logits
     needed = -(-max_model_len // page_size) + 1
     sum_text = (
@@ -119,6 +127,8 @@ def plan_memory(
             f"the model does not fit: {sum_text} leaves {size_text(left)}, and KV cache takes at least "
             f"{size_text(2 * page)}. {remedy}"
         )
+    # As many 8-bit pages as would fit, where the number is not the user's.
+    smaller = left // sizes.page_bytes(spec, page_size, 1) if num_pages is None else 0
     if num_pages is None:
         num_pages = min(left // page, max_num_seqs * (needed - 1) + 1)
     if num_pages * page > left:
@@ -131,7 +141,7 @@ def plan_memory(
         raise MemoryBudgetError(
             f"one sequence of max_model_len={max_model_len} needs {needed} pages of KV cache, "
             f"{size_text(needed * page)}; {sum_text} leaves {num_pages} pages. Use max_model_len={fits}, or less, "
-            "a larger memory_fraction, or more devices"
+            f"{'kv_cache_dtype="int8", ' if num_pages < needed <= smaller else ''}a larger memory_fraction, or more devices"
         )
     return MemoryPlan(total, budget, weights, temporaries, logits, page, num_pages, page_size)
 

@@ -13,6 +13,7 @@ from ryzanstein_jax.nccl import GLOO_INTERFACE_VARIABLE, NcclConfig
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZATIONS = ("int8", "int4", "fp8")
+KV_CACHE_DTYPES = ("auto", "int8", "fp8")
 CLUSTERS = ("ray",)
 #: What an embedding is made of: the hidden state of the last token, or the mean of all.
 POOLINGS = ("last", "mean")
@@ -36,6 +37,8 @@ class EngineConfig:
             `sharding.RULES`.
         dtype: of weights, activations and KV cache. "auto" is the checkpoint's on an accelerator
             and float32 on a CPU, where it is the fastest.
+        kv_cache_dtype: of the KV cache: "auto" is that of the activations; "int8" and "fp8" (also "fp8_e4m3") hold
+            keys and values in 8 bits, each with a scale of its own, found as it is written.
         quantization: "int8" computes the linear layers with int8 weights (a scale for each output channel) and int8
             activations (one for each token, found as they come); "int4" with 4-bit weights in groups of up to 32
             inputs, "fp8" with float8 weights and, on GPUs, activations. Float weights are quantized while they are
@@ -70,6 +73,7 @@ class EngineConfig:
     data_parallel_size: int = 1
     sharding: str = "megatron"
     dtype: str = "auto"
+    kv_cache_dtype: str = "auto"
     quantization: str | None = None
     max_model_len: int | None = None
     memory_fraction: float | None = None
@@ -93,6 +97,9 @@ class EngineConfig:
         object.__setattr__(self, "model", str(self.model))
         _one_of("load_format", self.load_format, LOAD_FORMATS)
         _one_of("dtype", self.dtype, DTYPES)
+        if self.kv_cache_dtype == "fp8_e4m3":  # vLLM's name of what it calls fp8 too
+            object.__setattr__(self, "kv_cache_dtype", "fp8")
+        _one_of("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
         _one_of("sharding", self.sharding, SHARDINGS)
         if self.quantization is not None:
             _one_of("quantization", self.quantization, QUANTIZATIONS)

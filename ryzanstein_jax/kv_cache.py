@@ -1,9 +1,9 @@
 """The paged KV cache on the devices: shape, sharding, write.
 
-One pair of arrays per layer, [pages, kv_slots, page, head_dim], sharded by KV slot. Page 0 is
-scratch: padding writes there and nobody reads it. The ids of the tokens are kept in pages of the
-same numbering, [pages, page], so that penalties can see a sequence's history without a second
-account of it anywhere.
+Keys and values of each layer lie in pages, [pages, kv_slots, page, head_dim], sharded by KV slot. Page 0 is scratch:
+padding writes there and nobody reads it. In fewer bits (`kv_cache_dtype`) the key or value of a token in a slot has one
+scale, beside the pages. The ids of the tokens are kept in pages of the same numbering, [pages, page], so that penalties
+can see a sequence's history without a second account of it anywhere.
 """
 
 from __future__ import annotations
@@ -14,15 +14,37 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from ryzanstein_jax.model import fp8, int8
 from ryzanstein_jax.model.spec import ModelSpec
 from ryzanstein_jax.sharding import PaddedSizes, named_sharding
 
 KV_AXES = ("pages", "kv_slots", "page", "head_dim")
+SCALE_AXES = ("pages", "kv_slots", "page")
 TOKEN_AXES = ("pages", "page")
 
 
+class QuantizedPages(NamedTuple):
+    """A layer's keys or values in 8 bits: a vector of the last dimension is `numbers` times its scale.
+
+    Attributes:
+        numbers: int8 or float8_e4m3fn [pages, kv_slots, page, head_dim].
+        scales: float32 [pages, kv_slots, page]: the largest magnitude / 127 (int8) or / 448 (float8), 0 of zeros.
+    """
+
+    numbers: Any
+    scales: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.numbers.shape)
+
+
+#: Keys or values of a layer.
+Pages = jax.Array | QuantizedPages
+
+
 class KVCache(NamedTuple):
-    """Pages of all layers: `keys[i]`, `values[i]` [pages, kv_slots, page, head_dim]; `tokens` int32 [pages, page].
+    """Pages of all layers: `keys[i]`, `values[i]` are `Pages`; `tokens` int32 [pages, page].
 
     The leaves are arrays, or ShapeDtypeStructs of them while programs are lowered.
     """
@@ -35,9 +57,12 @@ class KVCache(NamedTuple):
     def shapes(
         cls, spec: ModelSpec, sizes: PaddedSizes, mesh: Mesh, *, num_pages: int, page_size: int, dtype: jnp.dtype
     ) -> KVCache:
-        """The cache as ShapeDtypeStructs with their shardings."""
+        """The cache as ShapeDtypeStructs with their shardings; with a scale for each vector of an 8-bit dtype."""
         shape = (num_pages, sizes.heads.num_slots, page_size, spec.head_dim)
-        page = jax.ShapeDtypeStruct(shape, dtype, sharding=named_sharding(mesh, KV_AXES))
+        page: Any = jax.ShapeDtypeStruct(shape, dtype, sharding=named_sharding(mesh, KV_AXES))
+        if jnp.dtype(dtype).itemsize == 1:
+            scales = jax.ShapeDtypeStruct(shape[:-1], jnp.float32, sharding=named_sharding(mesh, SCALE_AXES))
+            page = QuantizedPages(page, scales)
         tokens = jax.ShapeDtypeStruct((num_pages, page_size), jnp.int32, sharding=named_sharding(mesh, TOKEN_AXES))
         return cls((page,) * spec.num_layers, (page,) * spec.num_layers, tokens)
 
@@ -60,13 +85,28 @@ def bytes_per_page(spec: ModelSpec, sizes: PaddedSizes, page_size: int, dtype: j
     return sizes.page_bytes(spec, page_size, jnp.dtype(dtype).itemsize)
 
 
-def write(pages: jax.Array, new_TKH: jax.Array, slots_T: jax.Array) -> jax.Array:
+def write(pages: Pages, new_TKH: jax.Array, slots_T: jax.Array) -> Pages:
     """Stores one entry per token.
 
     Args:
         pages: [P, K, page, H].
-        new_TKH: [T, K, H].
+        new_TKH: floats [T, K, H].
         slots_T: int32 [T], `page number * page size + offset` of each token.
     """
     page_size = pages.shape[2]
-    return pages.at[slots_T // page_size, :, slots_T % page_size].set(new_TKH.astype(pages.dtype))
+
+    def store(into: jax.Array, new: jax.Array) -> jax.Array:
+        return into.at[slots_T // page_size, :, slots_T % page_size].set(new.astype(into.dtype))
+
+    if not isinstance(pages, QuantizedPages):
+        return store(pages, new_TKH)
+    numbers_TKH, scales_TK1 = quantize(new_TKH, pages.numbers.dtype)
+    return QuantizedPages(store(pages.numbers, numbers_TKH), store(pages.scales, scales_TK1[..., 0]))
+
+
+def quantize(new_TKH: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+    """Numbers of an 8-bit dtype [T, K, H], and the float32 [T, K, 1] that they count."""
+    if dtype != jnp.int8:
+        return fp8.quantize_tokens(new_TKH)
+    numbers_TKH, (scales_TK1,) = int8.quantize_tokens(new_TKH)
+    return numbers_TKH, scales_TK1

@@ -22,6 +22,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from ryzanstein_jax.budget import resolve_kv_dtype
 from ryzanstein_jax.batch import Bucket, FullRowLayout, RowLayout, StepLayout, attention_plan
 from ryzanstein_jax.executables import ExecutableStore, environment_of, program_key
 from ryzanstein_jax.history import history_counts
@@ -51,6 +52,7 @@ class StepShapes:
         table_width: pages of the longest sequence.
         num_logprobs: alternatives per row that the full sampler returns.
         max_bias: most biased tokens of a step.
+        kv_cache_dtype: of `config.KV_CACHE_DTYPES`.
     """
 
     buckets: tuple[Bucket, ...]
@@ -59,6 +61,7 @@ class StepShapes:
     table_width: int
     num_logprobs: int
     max_bias: int
+    kv_cache_dtype: str = "auto"
 
     @property
     def max_rows(self) -> int:
@@ -117,7 +120,12 @@ class StepPrograms:
     def _make_tables(self) -> None:
         shapes = self.shapes
         self.cache_shapes = KVCache.shapes(
-            self.spec, self.sizes, self.mesh, num_pages=shapes.num_pages, page_size=shapes.page_size, dtype=self.dtype
+            self.spec,
+            self.sizes,
+            self.mesh,
+            num_pages=shapes.num_pages,
+            page_size=shapes.page_size,
+            dtype=resolve_kv_dtype(shapes.kv_cache_dtype, self.dtype),
         )
         self.forwards = self._table("forward", self.lower_forward)
         self.samplers = self._table("sample", self.lower_sample)

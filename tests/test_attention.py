@@ -9,6 +9,7 @@ import pytest
 
 from ryzanstein_jax.attention import BLOCK, SHARERS, TILE, attend, max_tiles
 from ryzanstein_jax.batch import Bucket, StepLayout, attention_plan
+from ryzanstein_jax.kv_cache import QuantizedPages
 from tests.support import make_plan
 
 SLOTS, QUERIES, HEAD_DIM = 2, 3, 8
@@ -39,6 +40,23 @@ def jitted(page_size, window, softcap, queries=QUERIES):
         return attend(q, k, v, keys, values, plan, scale=SCALE, window=window, softcap=softcap)
 
     return layout, run
+
+
+def quantized(x, dtype):
+    """8-bit numbers and the scale of each vector of the last dimension."""
+    most = {"int8": 127.0, "float8_e4m3fn": 448.0}[jnp.dtype(dtype).name]
+    largest = np.abs(x).max(axis=-1, keepdims=True)
+    scaled = x * np.divide(most, largest, out=np.zeros_like(largest), where=largest > 0)
+    numbers = np.round(scaled) if dtype == jnp.int8 else scaled.clip(-most, most)
+    return numbers.astype(dtype), (largest * np.float32(1 / most))[..., 0]
+
+
+def as_stored(x, dtype):
+    """What is left of values in a cache of that dtype."""
+    if jnp.dtype(dtype).itemsize > 1:
+        return x
+    numbers, scales = quantized(x, dtype)
+    return numbers.astype(np.float32) * scales[..., None]
 
 
 class Case:
@@ -73,8 +91,8 @@ class Case:
         )
         self.num_decodes = len(decodes)
 
-    def run(self, window, softcap):
-        """Attended values of each sequence's tokens, and the pages afterwards."""
+    def run(self, window, softcap, dtype=jnp.float32):
+        """Attended values of each sequence's tokens, and what the pages of that dtype hold afterwards."""
         layout, run = jitted(self.page_size, window, softcap)
         # Padding tokens bring large numbers too.
         padded = [
@@ -92,9 +110,15 @@ class Case:
         # One size of cache for all cases, so that one program serves them.
         full = 1 + width * (BUCKET.decodes + BUCKET.prefills)
         extra = ((0, full - len(self.keys)), (0, 0), (0, 0), (0, 0))
-        pages = [jnp.asarray(np.pad(x, extra)) for x in (self.keys, self.values)]
-        out, keys, values = run(layout.pack(self.plan), *padded, *pages)
-        return [np.asarray(out)[place] for place in places], np.asarray(keys), np.asarray(values)
+        pages = [np.pad(x, extra) for x in (self.keys, self.values)]
+        if jnp.dtype(dtype).itemsize == 1:
+            pages = [QuantizedPages(*map(jnp.asarray, quantized(x, dtype))) for x in pages]
+        out, *pages = run(layout.pack(self.plan), *padded, *pages)
+        for number, one in enumerate(pages):
+            if isinstance(one, QuantizedPages):
+                assert one.numbers.dtype == dtype and one.scales.dtype == jnp.float32
+                pages[number] = np.asarray(one.numbers, np.float32) * np.asarray(one.scales)[..., None]
+        return [np.asarray(out)[place] for place in places], *map(np.asarray, pages)
 
 
 def reference(q, k, v, begin, window, softcap):
@@ -110,12 +134,22 @@ def reference(q, k, v, begin, window, softcap):
     return np.stack(out)
 
 
-@pytest.mark.parametrize(("page_size", "window", "softcap"), SETTINGS)
-def test_against_numpy(page_size, window, softcap):
+@pytest.mark.parametrize(
+    ("page_size", "window", "softcap", "dtype"),
+    [
+        *((*setting, jnp.float32) for setting in SETTINGS),
+        (16, None, None, jnp.int8),
+        (8, 40, 4.0, jnp.int8),
+        (16, 200, None, jnp.float8_e4m3fn),
+    ],
+)
+def test_against_numpy(page_size, window, softcap, dtype):
+    """An 8-bit cache holds what is written rounded, and is read so to the last bits."""
     for name, (decodes, chunks) in STEPS.items():
         case = Case(decodes, chunks, page_size)
-        outs, keys, values = case.run(window, softcap)
+        outs, keys, values = case.run(window, softcap, dtype)
         for (begin, _), (q, k, v, table), out in zip(case.parts, case.sequences, outs, strict=True):
+            k, v = as_stored(k, dtype), as_stored(v, dtype)
             wanted = reference(q, k, v, begin, window, softcap)
             np.testing.assert_allclose(out, wanted, atol=2e-5, err_msg=f"{name}, from {begin}")
             for stored, given in ((keys, k), (values, v)):  # old entries stand, new ones are in their places

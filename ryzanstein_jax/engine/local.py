@@ -114,6 +114,7 @@ class LocalExecutor:
             table_width=-(-max_model_len // config.page_size),
             num_logprobs=min(config.max_logprobs, sizes.vocab),
             max_bias=max_rows * (config.max_logit_bias + MAX_STOPS + len(spec.eos_token_ids)),
+            kv_cache_dtype=config.kv_cache_dtype,
         )
 
         programs = StepPrograms(spec, sizes, dtype, mesh, shapes, metrics=self.metrics, store=store)
@@ -134,6 +135,7 @@ class LocalExecutor:
             max_model_len=max_model_len,
             max_num_seqs=config.max_num_seqs,
             num_pages=config.num_pages,
+            kv_cache_dtype=config.kv_cache_dtype,
         )
         if config.num_pages is None:
             memory = dataclasses.replace(memory, num_pages=programs.least(memory.num_pages))

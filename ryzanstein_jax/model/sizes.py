@@ -118,6 +118,15 @@ class PaddedSizes:
         }
 
     def page_bytes(self, spec: ModelSpec, page_size: int, itemsize: int) -> int:
-        """Bytes that one page of KV cache, of all layers and with its tokens' ids, takes on one device."""
+        """Bytes that one page of KV cache, of all layers and with its tokens' ids, takes on one device.
+
+        Args:
+            itemsize: bytes of a cached number.
+        """
         slots = self.heads.num_slots // self.width
-        return 2 * spec.num_layers * slots * page_size * spec.head_dim * itemsize + 4 * page_size
+        return page_size * (2 * spec.num_layers * slots * vector_bytes(spec.head_dim, itemsize) + 4)
+
+
+def vector_bytes(head_dim: int, itemsize: int) -> int:
+    """Bytes that the key or value of a token takes in one slot: 8-bit numbers have a float32 scale beside them."""
+    return head_dim * itemsize + (4 if itemsize == 1 else 0)

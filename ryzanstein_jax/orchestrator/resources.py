@@ -224,6 +224,7 @@ class ResourceAllocator:
             page_size=self.config.page_size,
             max_model_len=self.config.max_model_len or self.spec.max_position_embeddings,
             max_num_seqs=self.config.max_num_seqs,
+            kv_cache_dtype=self.config.kv_cache_dtype,
         )
         most = self.config.num_pages
         if most is None or width == self.config.tensor_parallel_size:
