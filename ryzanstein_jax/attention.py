@@ -408,7 +408,7 @@ def _update(carry, q_NKXH, k_NKLH, v_NKLH, seen, *, scale, softcap):  # type: ig
 def _numbers(block_NKLH: Pages, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array | float]:
     """What products take of a block, in their dtype, and what is left to multiply: [N, K, 1, L], or 1."""
     if isinstance(block_NKLH, QuantizedPages):
-        return block_NKLH.numbers.astype(dtype), block_NKLH.scales[:, :, None]
+        return kv_cache.floats(block_NKLH.numbers, dtype), block_NKLH.scales[:, :, None]
     return block_NKLH, 1.0
 
 

@@ -97,9 +97,7 @@ class EngineConfig:
         object.__setattr__(self, "model", str(self.model))
         _one_of("load_format", self.load_format, LOAD_FORMATS)
         _one_of("dtype", self.dtype, DTYPES)
-        if self.kv_cache_dtype == "fp8_e4m3":  # vLLM's name of what it calls fp8 too
-            object.__setattr__(self, "kv_cache_dtype", "fp8")
-        _one_of("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
+        object.__setattr__(self, "kv_cache_dtype", checked_kv_cache_dtype(self.kv_cache_dtype))
         _one_of("sharding", self.sharding, SHARDINGS)
         if self.quantization is not None:
             _one_of("quantization", self.quantization, QUANTIZATIONS)
@@ -280,6 +278,17 @@ def parse_address(field: str, text: object) -> tuple[str, int]:
     if int(port[:6]) > 65535:
         raise ConfigError(field, text, "use a port up to 65535")
     return host, int(port)
+
+
+def checked_kv_cache_dtype(value: str) -> str:
+    """One of `KV_CACHE_DTYPES`; "fp8_e4m3" is vLLM's other name of fp8.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    value = "fp8" if value == "fp8_e4m3" else value
+    _one_of("kv_cache_dtype", value, KV_CACHE_DTYPES)
+    return value
 
 
 def _one_of(field: str, value: object, known: tuple[str, ...]) -> None:

@@ -110,3 +110,19 @@ def quantize(new_TKH: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array
         return fp8.quantize_tokens(new_TKH)
     numbers_TKH, (scales_TK1,) = int8.quantize_tokens(new_TKH)
     return numbers_TKH, scales_TK1
+
+
+def floats(numbers: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """8-bit numbers in a wider dtype, exactly.
+
+    Args:
+        numbers: int8, float8_e4m3fn, or the bits of float8_e4m3fn as uint8.
+        dtype: float32, bfloat16 or float16.
+    """
+    if numbers.dtype == jnp.int8:
+        return numbers.astype(dtype)
+    # The bits of a float8 are those of a float16 but for the bias of the exponent, 7 instead of 15. XLA's own
+    # conversion is slower on CPUs, and Triton has none for GPUs before Ada.
+    bits = jax.lax.bitcast_convert_type(numbers, jnp.uint8).astype(jnp.uint16)
+    half = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
+    return jax.lax.bitcast_convert_type(half, jnp.float16).astype(dtype) * jnp.asarray(256, dtype)

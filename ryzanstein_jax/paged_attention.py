@@ -25,6 +25,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as triton_pallas
 
+from ryzanstein_jax.kv_cache import Pages, QuantizedPages, floats
+
 _MASKED = -1e30
 #: The maximum of no scores: so far above masked ones that their weights are zero beside it.
 _NOTHING = -1e29
@@ -109,8 +111,8 @@ class Schedule:
 
 def attend_tiles(
     q_TKQH: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
+    keys: Pages,
+    values: Pages,
     tiles: Tiles,
     into: jax.Array | None = None,
     *,
@@ -125,7 +127,7 @@ def attend_tiles(
 
     Args:
         q_TKQH: rotated queries of the step.
-        keys, values: a layer's pages, [P, K, page, H]; those of the step are in them.
+        keys, values: a layer's `kv_cache.Pages`, [P, K, page, H]; those of the step are in them.
         tiles: who attends to what.
         into: [T, K, Q, H], takes the results at their places and is used up; None where the tiles are one token each
             and all of the step: of padding the results are zero then.
@@ -144,11 +146,11 @@ def attend_tiles(
     )
     kernel = partial(
         paged_attention_kernel, schedule=schedule, tile=tile, first=first, shape=(slots, queries, page_size),
-        scale=scale, window=window, softcap=softcap,
+        quantized=isinstance(keys, QuantizedPages), scale=scale, window=window, softcap=softcap,
     )  # fmt: skip
     rows = tokens * slots * queries
     out: Any = jax.ShapeDtypeStruct((rows, head_dim), q_TKQH.dtype)
-    operands = [q_TKQH.reshape(rows, head_dim), _flat(keys), _flat(values), *tiles]
+    operands = [q_TKQH.reshape(rows, head_dim), *_flat(keys), *_flat(values), *tiles]
     aliases: dict[int, int] = {}
     if schedule.splits > 1:
         # Of decode tokens, which come first.
@@ -182,17 +184,27 @@ def attend_tiles(
     return found.reshape(q_TKQH.shape)
 
 
-def _flat(pages: jax.Array) -> jax.Array:
-    """A layer's pages as one row for each position and slot, which moves nothing."""
-    return pages.reshape(-1, pages.shape[-1])
+def _flat(pages: Pages) -> list[jax.Array]:
+    """A layer's pages as one row for each position and slot, which moves nothing, and the scale of each row."""
+    if isinstance(pages, QuantizedPages):
+        if pages.numbers.dtype != jnp.int8:  # Triton knows float8 from Ada on
+            pages = pages._replace(numbers=jax.lax.bitcast_convert_type(pages.numbers, jnp.uint8))
+        return [pages.numbers.reshape(-1, pages.shape[-1]), pages.scales.reshape(-1)]
+    return [pages.reshape(-1, pages.shape[-1])]
 
 
 def paged_attention_kernel(  # type: ignore[no-untyped-def]
-    q_ref, keys_ref, values_ref, starts_ref, seqs_ref, positions_ref, lens_ref, tables_ref, *rest,
-    schedule: Schedule, tile: int, first: int, shape: tuple[int, int, int],
+    q_ref, *refs,
+    schedule: Schedule, tile: int, first: int, shape: tuple[int, int, int], quantized: bool,
     scale: float, window: int | None, softcap: float | None,
 ):  # fmt: skip
-    """One tile, one slot, one group of its query heads, one share of the pages."""
+    """One tile, one slot, one group of its query heads, one share of the pages.
+
+    `refs` are keys and values, each with its scales where `quantized`, then the `Tiles` and the results.
+    """
+    parts = 2 if quantized else 1
+    keys_refs, values_refs = refs[:parts], refs[parts : 2 * parts]
+    starts_ref, seqs_ref, positions_ref, lens_ref, tables_ref, *rest = refs[2 * parts :]
     slots, queries, page_size = shape
     number, slot, part = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     group, split = part // schedule.splits, part % schedule.splits
@@ -224,9 +236,18 @@ def paged_attention_kernel(  # type: ignore[no-untyped-def]
         inside_L = at_L < begin + length
         pages_L = triton_pallas.load(tables_ref.at[seq, at_L // page_size], mask=inside_L, other=0)
         rows_L = (pages_L * slots + slot) * page_size + at_L % page_size
-        k_LH = triton_pallas.load(keys_ref.at[rows_L[:, None], lane_H[None, :]], mask=inside_L[:, None], other=0.0)
-        v_LH = triton_pallas.load(values_ref.at[rows_L[:, None], lane_H[None, :]], mask=inside_L[:, None], other=0.0)
+
+        def read(ref):  # type: ignore[no-untyped-def]
+            found_LH = triton_pallas.load(ref.at[rows_L[:, None], lane_H[None, :]], mask=inside_L[:, None], other=0)
+            return floats(found_LH, q_ref.dtype) if quantized else found_LH
+
+        def scaled(x_XL, ref):  # type: ignore[no-untyped-def]
+            return x_XL * triton_pallas.load(ref.at[rows_L], mask=inside_L, other=0.0)[None, :]
+
+        k_LH, v_LH = read(keys_refs[0]), read(values_refs[0])
         scores_XL = product(q_XH, k_LH, (((1,), (1,)), ((), ())))
+        if quantized:
+            scores_XL = scaled(scores_XL, keys_refs[1])
         if softcap is None:
             scores_XL *= scale * _LOG2_E
         else:
@@ -238,8 +259,10 @@ def paged_attention_kernel(  # type: ignore[no-untyped-def]
         largest_X = jnp.maximum(maximum_X, jnp.max(scores_XL, axis=1))
         weights_XL = jnp.exp2(scores_XL - largest_X[:, None])
         decay_X = jnp.exp2(maximum_X - largest_X)
-        added_XH = product(weights_XL.astype(v_LH.dtype), v_LH, (((1,), (0,)), ((), ())))
         total_X = total_X * decay_X + jnp.sum(weights_XL, axis=1)
+        if quantized:
+            weights_XL = scaled(weights_XL, values_refs[1])
+        added_XH = product(weights_XL.astype(v_LH.dtype), v_LH, (((1,), (0,)), ((), ())))
         return largest_X, total_X, values_XH * decay_X[:, None] + added_XH
 
     rows = tile * schedule.heads

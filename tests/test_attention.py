@@ -55,8 +55,14 @@ def as_stored(x, dtype):
     """What is left of values in a cache of that dtype."""
     if jnp.dtype(dtype).itemsize > 1:
         return x
-    numbers, scales = quantized(x, dtype)
-    return numbers.astype(np.float32) * scales[..., None]
+    return unscaled(QuantizedPages(*quantized(x, dtype)))
+
+
+def unscaled(pages):
+    """What pages hold, in float32."""
+    if not isinstance(pages, QuantizedPages):
+        return np.asarray(pages)
+    return np.asarray(pages.numbers).astype(np.float32) * np.asarray(pages.scales)[..., None]
 
 
 class Case:
@@ -114,11 +120,7 @@ class Case:
         if jnp.dtype(dtype).itemsize == 1:
             pages = [QuantizedPages(*map(jnp.asarray, quantized(x, dtype))) for x in pages]
         out, *pages = run(layout.pack(self.plan), *padded, *pages)
-        for number, one in enumerate(pages):
-            if isinstance(one, QuantizedPages):
-                assert one.numbers.dtype == dtype and one.scales.dtype == jnp.float32
-                pages[number] = np.asarray(one.numbers, np.float32) * np.asarray(one.scales)[..., None]
-        return [np.asarray(out)[place] for place in places], *map(np.asarray, pages)
+        return [np.asarray(out)[place] for place in places], *map(unscaled, pages)
 
 
 def reference(q, k, v, begin, window, softcap):
@@ -180,8 +182,8 @@ def test_a_sequence_does_not_see_the_others(page_size, window, softcap):
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("window", [None, 150])
-def test_shared_blocks(window):
+@pytest.mark.parametrize(("window", "dtype"), [(None, jnp.float32), (150, jnp.float32), (None, jnp.int8)])
+def test_shared_blocks(window, dtype):
     """Sequences that begin on the same pages, beside some that do not, attend as if each had its own."""
     page_size, decodes = 16, 2 * SHARERS + 3
     layout = StepLayout(Bucket(decodes + 1, 0, 0, decodes + 1), page_size, LONGEST // page_size)
@@ -204,10 +206,13 @@ def test_shared_blocks(window):
     q = rng.standard_normal((decodes + 1, SLOTS, QUERIES, HEAD_DIM)).astype(np.float32)
     k, v = (rng.standard_normal((decodes + 1, SLOTS, HEAD_DIM)).astype(np.float32) for _ in range(2))
     run = jax.jit(functools.partial(attend, scale=SCALE, window=window))
-    out, keys, values = run(q, k, v, keys, values, attention_plan(fields))
+    if dtype == jnp.int8:
+        keys, values = (QuantizedPages(*quantized(x, dtype)) for x in (keys, values))
+    out, *pages = run(q, k, v, keys, values, attention_plan(fields))
+    keys, values = map(unscaled, pages)
     for sequence, length in enumerate(lens.tolist()):
         seen_k, seen_v = (
-            np.asarray(x)[tables[sequence]].transpose(0, 2, 1, 3).reshape(-1, SLOTS, HEAD_DIM)[:length]
+            x[tables[sequence]].transpose(0, 2, 1, 3).reshape(-1, SLOTS, HEAD_DIM)[:length]
             for x in (keys, values)
         )
         padded_q = np.broadcast_to(q[sequence], (length, *q[sequence].shape))

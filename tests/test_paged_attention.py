@@ -9,6 +9,7 @@ import pytest
 
 from ryzanstein_jax.attention import TILE, attend, attend_by_kernel, has_kernel
 from ryzanstein_jax.batch import attention_plan
+from ryzanstein_jax.kv_cache import QuantizedPages, quantize
 from ryzanstein_jax.native import KERNELS_VARIABLE
 from ryzanstein_jax.paged_attention import Schedule
 from tests.ragged import Ragged
@@ -21,20 +22,31 @@ STEPS = {
 }
 
 
-def run(step, *, window=None, softcap=None, **sizes):
+def scratch(pages, value):
+    """Pages whose first, which nobody owns, holds that."""
+    if isinstance(pages, QuantizedPages):
+        return pages._replace(scales=pages.scales.at[0].set(value))
+    return pages.at[0].set(value)
+
+
+def run(step, *, window=None, softcap=None, cache_dtype=None, **sizes):
     """What the kernel and the portable path give for the step's tokens, and the tokens that are no padding."""
     given = Ragged(*step, **sizes, stale=1.0)
+    pages = [given.keys, given.values]
+    if cache_dtype is not None:
+        quantized = (quantize(jnp.asarray(x), cache_dtype) for x in pages)
+        pages = [QuantizedPages(numbers, scales[..., 0]) for numbers, scales in quantized]
 
     def both(flat, q, k, v, keys, values):
         fields = attention_plan(given.layout.unpack(flat))
         settings = {"scale": q.shape[-1] ** -0.5, "window": window, "softcap": softcap}
         out, keys, values = attend(q, k, v, keys, values, fields, **settings)
         # Of the page that nobody owns, which padding is written to, nothing may come through.
-        keys, values = keys.at[0].set(jnp.nan), values.at[0].set(jnp.nan)
+        keys, values = scratch(keys, jnp.nan), scratch(values, jnp.nan)
         return attend_by_kernel(q, keys, values, fields, **settings, interpret=True), out
 
     with quick_compiles():
-        found, wanted = jax.jit(both)(given.flat, given.q, given.k, given.v, given.keys, given.values)
+        found, wanted = jax.jit(both)(given.flat, given.q, given.k, given.v, *pages)
     return np.asarray(found, np.float32), np.asarray(wanted, np.float32), given.real
 
 
@@ -55,6 +67,18 @@ def test_as_the_portable_path(step, slots, queries, head_dim, window, softcap):
 def test_half_precision():
     found, wanted, real = run(STEPS["both"], slots=1, queries=4, head_dim=32, dtype=jnp.bfloat16)
     np.testing.assert_allclose(found[real], wanted[real], atol=3e-2)
+
+
+@pytest.mark.parametrize(("dtype", "cache_dtype"), [("float32", "int8"), ("bfloat16", "float8_e4m3fn")])
+def test_a_cache_of_8_bits(dtype, cache_dtype):
+    tolerance = 2e-5 if dtype == "float32" else 3e-2
+    for step in STEPS.values():
+        found, wanted, real = run(
+            step, slots=2, queries=3, head_dim=16, dtype=jnp.dtype(dtype), cache_dtype=jnp.dtype(cache_dtype)
+        )
+        np.testing.assert_allclose(found[real], wanted[real], atol=tolerance)
+        padding = np.delete(found, real, axis=0)
+        assert len(padding) and not padding.any()
 
 
 @pytest.mark.parametrize("tile", [1, TILE])

@@ -109,12 +109,15 @@ class ModelSpec:
     def count_bytes(self, itemsize: int, *, vocab: int, query_heads: int, kv_heads: int, ffn: int, experts: int) -> int:
         """Bytes of those parameters with the scales of the quantized ones; the others take `itemsize` bytes each."""
         sizes = dict(vocab=vocab, query_heads=query_heads, kv_heads=kv_heads, ffn=ffn, experts=experts)
-        total, schemes = itemsize * self._count_others(**sizes), self.schemes
-        for role, outputs, inputs in self.kernels(**sizes):
-            last = self.head_dim if role == "out" else inputs
-            scheme = schemes.get(role)
-            total += scheme.kernel_bytes(outputs, inputs, last) if scheme else itemsize * outputs * inputs
-        return total
+        kernels = sum(self.kernel_bytes(itemsize, *kernel) for kernel in self.kernels(**sizes))
+        return kernels + itemsize * self._count_others(**sizes)
+
+    def kernel_bytes(self, itemsize: int, role: str, outputs: int, inputs: int) -> int:
+        """Bytes of a kernel of these sizes: with its scales if it is quantized, or else `itemsize` for each weight."""
+        scheme = self.schemes.get(role)
+        if scheme is None:
+            return itemsize * outputs * inputs
+        return scheme.kernel_bytes(outputs, inputs, self.head_dim if role == "out" else inputs)
 
     def kernels(
         self, *, vocab: int, query_heads: int, kv_heads: int, ffn: int, experts: int

@@ -49,8 +49,10 @@ def step_programs(spec: ModelSpec, jobs: Sequence[Job], mesh: Mesh) -> StepProgr
     """The engine's programs for these jobs, which are alike but for decodes and prompt tokens; none is compiled."""
     buckets = tuple(sorted(map(bucket_of, jobs), key=lambda bucket: bucket.tokens))
     pages, longest = max(job.num_pages for job in jobs), max(job.context for job in jobs)
-    ((page_size, dtype, sharding),) = {(job.page_size, job.dtype, job.sharding) for job in jobs}
-    shapes = StepShapes(buckets, pages, page_size, -(-longest // page_size), 0, 0)
+    ((page_size, dtype, sharding, kv_dtype),) = {
+        (job.page_size, job.dtype, job.sharding, job.kv_cache_dtype) for job in jobs
+    }
+    shapes = StepShapes(buckets, pages, page_size, -(-longest // page_size), 0, 0, kv_dtype)
     return StepPrograms(spec, PaddedSizes.of(spec, mesh.size, sharding), jnp.dtype(dtype), mesh, shapes)
 
 

@@ -18,7 +18,7 @@ from ryzanstein_jax.model.sizes import PaddedSizes
 from ryzanstein_jax.model.spec import ModelSpec
 from ryzanstein_jax.plan import MAX_PREFILLS
 from ryzanstein_jax.planner.gpu_targets import target_config
-from ryzanstein_jax.planner.roofline import Step, sampler_collectives, step_collectives
+from ryzanstein_jax.planner.roofline import Step, cached_itemsize, sampler_collectives, step_collectives
 from ryzanstein_jax.planner.usage import pages, temporaries
 
 #: Where the compiler of GPU programs is; what it needs besides is in `nvidia`.
@@ -42,6 +42,7 @@ class Job:
         dtype: "bfloat16", "float16" or "float32".
         sampler: compile the sampler of its rows too.
         sharding: the way to shard.
+        kv_cache_dtype: of `config.KV_CACHE_DTYPES`.
     """
 
     device: str
@@ -54,6 +55,7 @@ class Job:
     dtype: str = "bfloat16"
     sampler: bool = False
     sharding: str = "megatron"
+    kv_cache_dtype: str = "auto"
 
     @property
     def rows(self) -> int:
@@ -128,7 +130,7 @@ def expected(spec: ModelSpec, job: Job) -> Expected:
     sizes = PaddedSizes.of(spec, job.width, job.sharding)
     step = Step(decodes=job.decodes, context=job.context, prefill=job.prefill)
     weights = sizes.weight_bytes_per_device(spec, itemsize)
-    cache = job.num_pages * sizes.page_bytes(spec, job.page_size, itemsize)
+    cache = job.num_pages * sizes.page_bytes(spec, job.page_size, cached_itemsize(job.kv_cache_dtype, itemsize))
     logits = 4 * job.rows * sizes.vocab // job.width
     spare = temporaries(spec, sizes, job.decodes, job.prefill, itemsize)
     found = step_collectives(spec, sizes, step, itemsize)
@@ -147,11 +149,12 @@ def engine_jobs(
     page_size: int = 16,
     dtype: str = "bfloat16",
     sharding: str = "megatron",
+    kv_cache_dtype: str = "auto",
 ) -> list[Job]:
     """The decode (with its sampler) and the prefill program of an engine with `batch` sequences of `context` tokens."""
     held = batch * pages(context, page_size) + 1
     shared: dict[str, Any] = {"context": context, "num_pages": held, "page_size": page_size, "dtype": dtype}
-    shared["sharding"] = sharding
+    shared |= {"sharding": sharding, "kv_cache_dtype": kv_cache_dtype}
     return [Job(device, width, batch, 0, sampler=True, **shared), Job(device, width, 0, prefill, **shared)]
 
 

@@ -84,7 +84,7 @@ class Plan:
 
     @property
     def dtype(self) -> str:
-        """Of weights, activations and KV cache on an accelerator: "auto" is the checkpoint's."""
+        """Of activations, and of weights that are not quantized, on an accelerator: "auto" is the checkpoint's."""
         return str(resolve_dtype(self.setting.dtype, self.spec.dtype, "gpu"))
 
     def as_dict(self) -> dict[str, Any]:
@@ -153,18 +153,22 @@ def _estimates(
 ) -> list[Estimate]:
     dtype = str(resolve_dtype(setting.dtype, spec.dtype, device.platform))
     fraction = resolve_fraction(setting.memory_fraction, device.platform)
+    cached = setting.kv_cache_dtype
     prefill, alone = (
         prompt_time(
-            spec, one, setting.prompt, setting.max_num_batched_tokens, width=w, dtype=dtype, sharding=setting.sharding
+            spec, one, setting.prompt, setting.max_num_batched_tokens, width=w, dtype=dtype, sharding=setting.sharding,
+            kv_cache_dtype=cached,
         )
         for one, w in ((device, width), (single, 1))
-    )
+    )  # fmt: skip
     most = largest_batch(spec, device, width, dtype, setting, fraction)
     rows = []
     for batch in batches:
         step = Step(decodes=batch, context=setting.context)
-        time = predict(spec, device, step, width=width, dtype=dtype, sharding=setting.sharding)
-        one = predict(spec, single, step, width=1, dtype=dtype)
+        time = predict(
+            spec, device, step, width=width, dtype=dtype, sharding=setting.sharding, kv_cache_dtype=cached
+        )
+        one = predict(spec, single, step, width=1, dtype=dtype, kv_cache_dtype=cached)
         memory = memory_use(spec, device, width, dtype, batch, setting, fraction)
         rows.append(
             Estimate(
@@ -176,13 +180,23 @@ def _estimates(
 
 
 def prompt_time(
-    spec: ModelSpec, device: Device, prompt: int, chunk: int, *, width: int, dtype: str, sharding: str = "megatron"
+    spec: ModelSpec,
+    device: Device,
+    prompt: int,
+    chunk: int,
+    *,
+    width: int,
+    dtype: str,
+    sharding: str = "megatron",
+    kv_cache_dtype: str = "auto",
 ) -> StepTime:
     """Where the time of a prompt alone goes, in chunks of at most `chunk` tokens."""
     parts: dict[str, float] = dict.fromkeys(("weights", "compute", "kv", "communication", "host", "other"), 0.0)
     for before in range(0, prompt, chunk):
         step = Step(prefill=min(chunk, prompt - before), before=before)
-        time = predict(spec, device, step, width=width, dtype=dtype, sharding=sharding)
+        time = predict(
+            spec, device, step, width=width, dtype=dtype, sharding=sharding, kv_cache_dtype=kv_cache_dtype
+        )
         for name in parts:
             parts[name] += getattr(time, name)
     return StepTime(**parts, beside=time.beside)

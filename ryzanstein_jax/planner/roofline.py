@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from ryzanstein_jax.communication import Collective
-from ryzanstein_jax.model.sizes import PaddedSizes
+from ryzanstein_jax.model.sizes import PaddedSizes, vector_bytes
 from ryzanstein_jax.model.spec import ModelSpec
 from ryzanstein_jax.planner.devices import Costs, Device
 from ryzanstein_jax.planner.links import seconds as link_seconds
@@ -92,21 +92,36 @@ class StepTime:
         return max(parts, key=parts.__getitem__)
 
 
-def step_parts(spec: ModelSpec, sizes: PaddedSizes, step: Step, itemsize: int) -> dict[str, Part]:
+def cached_itemsize(kv_cache_dtype: str, itemsize: int) -> int:
+    """Bytes of a cached number beside activations of `itemsize` bytes."""
+    return itemsize if kv_cache_dtype == "auto" else 1
+
+
+def step_parts(
+    spec: ModelSpec, sizes: PaddedSizes, step: Step, itemsize: int, kv_cache_dtype: str = "auto"
+) -> dict[str, Part]:
     """What a step needs of one device, by part: "linear" (all layers' products), "attention", "head".
 
     Args:
-        spec, sizes: the model, padded for its width.
+        spec, sizes: the model, padded for its width; quantized weights count as they are stored.
         step: what is computed.
-        itemsize: bytes of a weight, an activation and a cached value.
+        itemsize: bytes of an activation, and of a weight that is not quantized.
+        kv_cache_dtype: of `config.KV_CACHE_DTYPES`.
     """
     width, heads = sizes.width, sizes.heads
     slots, embed = heads.num_slots // width, spec.hidden_size
-    table = sizes.vocab // width * embed
-    layers = sizes.parameters_per_device(spec) - (1 if spec.tie_embeddings else 2) * table - embed
-    moved = itemsize * (layers + step.tokens * embed) + _activation_bytes(spec, sizes, step, itemsize)
+    vocab = sizes.vocab // width
+    tables = {
+        role: spec.kernel_bytes(itemsize, role, vocab, embed)
+        for role in (("embedding",) if spec.tie_embeddings else ("embedding", "unembed"))
+    }
+    # Without the tables and the last norm.
+    layers = sizes.parameters_per_device(spec) - len(tables) * vocab * embed - embed
+    weights = sizes.weight_bytes_per_device(spec, itemsize) - sum(tables.values()) - itemsize * embed
+    moved = weights + itemsize * step.tokens * embed + _activation_bytes(spec, sizes, step, itemsize)
     linear = Part(moved, 2.0 * step.tokens * layers)
 
+    vector = vector_bytes(spec.head_dim, cached_itemsize(kv_cache_dtype, itemsize))
     kv_bytes = attended = 0.0
     for layer in spec.layers:
         context = min(step.context, layer.window or step.context)
@@ -115,15 +130,16 @@ def step_parts(spec: ModelSpec, sizes: PaddedSizes, step: Step, itemsize: int) -
         mean = step.before + (step.prefill + 1) / 2
         if layer.window is not None:
             keys, mean = min(keys, layer.window + step.prefill), min(mean, layer.window)
-        kv_bytes += 2 * itemsize * slots * spec.head_dim * (step.decodes * context + keys + step.tokens)
+        kv_bytes += 2 * slots * vector * (step.decodes * context + keys + step.tokens)
         attended += step.decodes * context + step.prefill * mean
     queries = slots * heads.queries_per_slot
     attention = Part(kv_bytes, 4.0 * attended * queries * spec.head_dim)
 
     logits = (
-        4 * step.rows * (sizes.vocab // width + 3 * sizes.vocab)
+        4 * step.rows * (vocab + 3 * sizes.vocab)
     )  # written in float32, gathered, read by the sampler
-    head = Part(itemsize * table * bool(step.rows) + logits, 2.0 * step.rows * table)
+    projection = tables["embedding" if spec.tie_embeddings else "unembed"]
+    head = Part(projection * bool(step.rows) + logits, 2.0 * step.rows * vocab * embed)
     return {"linear": linear, "attention": attention, "head": head}
 
 
@@ -135,7 +151,10 @@ def _activation_bytes(spec: ModelSpec, sizes: PaddedSizes, step: Step, itemsize:
 
 
 def cost_units(spec: ModelSpec, sizes: PaddedSizes, step: Step, itemsize: int) -> Costs:
-    """How much of each of the `Costs` a step has: layers, bytes of activations, operations, bytes of cache."""
+    """How much of each of the `Costs` a step has: layers, bytes of activations, operations, bytes of cache.
+
+    The cache counts as it is computed with: what fewer bits spare of memory is none of these costs.
+    """
     slots = sizes.heads.num_slots // sizes.width
     cache = operations = 0.0
     for layer in spec.layers:
@@ -195,6 +214,7 @@ def predict(
     width: int = 1,
     dtype: str = "bfloat16",
     sharding: str = "megatron",
+    kv_cache_dtype: str = "auto",
 ) -> StepTime:
     """Time of one step at one width.
 
@@ -203,8 +223,10 @@ def predict(
         device: what it runs on.
         step: what is computed.
         width: devices that share the model.
-        dtype: of weights, activations and cache: "bfloat16", "float16" or "float32".
+        dtype: of activations, and of weights that are not quantized: "bfloat16", "float16" or "float32". Arithmetic
+            counts at its rate whatever the weights are.
         sharding: of `config.SHARDINGS`.
+        kv_cache_dtype: of `config.KV_CACHE_DTYPES`.
 
     Raises:
         ConfigError: the device has no figures for the dtype, or the model can't be sharded so.
@@ -212,7 +234,7 @@ def predict(
     itemsize = 4 if dtype == "float32" else 2
     sizes = PaddedSizes.of(spec, width, sharding)
     times = {"weights": 0.0, "compute": 0.0, "kv": 0.0}
-    for name, part in step_parts(spec, sizes, step, itemsize).items():
+    for name, part in step_parts(spec, sizes, step, itemsize, kv_cache_dtype).items():
         rows = step.rows if name == "head" else step.tokens
         moving = part.bytes / device.bandwidth()
         computing = part.operations / device.rate(dtype, rows)

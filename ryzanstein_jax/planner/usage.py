@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ryzanstein_jax.config import SHARDINGS
+from ryzanstein_jax.config import SHARDINGS, checked_kv_cache_dtype
 from ryzanstein_jax.errors import ConfigError
 from ryzanstein_jax.model.sizes import PaddedSizes
 from ryzanstein_jax.model.spec import ModelSpec
 from ryzanstein_jax.plan import most_prompt_tokens
 from ryzanstein_jax.planner.devices import Device
-from ryzanstein_jax.planner.roofline import BLOCK
+from ryzanstein_jax.planner.roofline import BLOCK, cached_itemsize
 
 _MOST_CONTEXT = 1 << 22
 
@@ -22,11 +22,12 @@ class Setting:
     Attributes:
         context: tokens of each sequence while it decodes, prompt included.
         prompt: tokens of the prompt whose first token is timed.
-        dtype: of weights, activations and KV cache.
+        dtype: of activations, and of weights that are not quantized.
         memory_fraction: share of a device's memory that the engine may take.
         max_num_batched_tokens: prompt tokens in one step.
         page_size: tokens in a page of KV cache.
         sharding: the way to shard.
+        kv_cache_dtype: of the KV cache: "auto" (that of the activations), "int8" or "fp8".
     """
 
     context: int = 8192
@@ -36,6 +37,7 @@ class Setting:
     max_num_batched_tokens: int = 512
     page_size: int = 16
     sharding: str = "megatron"
+    kv_cache_dtype: str = "auto"
 
     def __post_init__(self) -> None:
         for name in ("context", "prompt"):
@@ -44,6 +46,7 @@ class Setting:
         whole("page_size", self.page_size, 1024)
         if self.dtype not in ("auto", "bfloat16", "float16", "float32"):
             raise ConfigError("dtype", self.dtype, "use one of auto, bfloat16, float16, float32")
+        object.__setattr__(self, "kv_cache_dtype", checked_kv_cache_dtype(self.kv_cache_dtype))
         if self.sharding not in SHARDINGS:
             raise ConfigError("sharding", self.sharding, f"use one of {', '.join(SHARDINGS)}")
         if self.memory_fraction is not None and not 0 < self.memory_fraction <= 1:
@@ -120,7 +123,7 @@ def memory_use(
     held = batch * pages(setting.context, setting.page_size) + 1  # page 0 is scratch
     return MemoryUse(
         weights=sizes.weight_bytes_per_device(spec, itemsize),
-        kv_cache=held * sizes.page_bytes(spec, setting.page_size, itemsize),
+        kv_cache=held * sizes.page_bytes(spec, setting.page_size, cached_itemsize(setting.kv_cache_dtype, itemsize)),
         temporaries=temporaries(spec, sizes, batch, setting.prompt_tokens(batch), itemsize),
         logits=4 * batch * sizes.vocab * 4,
         budget=int(device.memory * fraction),
