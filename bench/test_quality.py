@@ -22,6 +22,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "int8, bfloat16": {"dtype": "bfloat16", "quantization": "int8"},
     "int4": {"dtype": "float32", "quantization": "int4"},
     "fp8": {"dtype": "float32", "quantization": "fp8"},
+    "int8 KV cache": {"dtype": "float32", "kv_cache_dtype": "int8"},
+    "fp8 KV cache": {"dtype": "float32", "kv_cache_dtype": "fp8"},
 }
 
 

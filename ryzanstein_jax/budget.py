@@ -127,8 +127,8 @@ def plan_memory(
             f"the model does not fit: {sum_text} leaves {size_text(left)}, and KV cache takes at least "
             f"{size_text(2 * page)}. {remedy}"
         )
-    # As many 8-bit pages as would fit, where the number is not the user's.
-    smaller = left // sizes.page_bytes(spec, page_size, 1) if num_pages is None else 0
+    # Whether pages of 8 bits would be enough, where their number is not the user's.
+    helps = num_pages is None and left // sizes.page_bytes(spec, page_size, 1) >= needed
     if num_pages is None:
         num_pages = min(left // page, max_num_seqs * (needed - 1) + 1)
     if num_pages * page > left:
@@ -138,10 +138,11 @@ def plan_memory(
         )
     if num_pages < needed:
         fits = (num_pages - 1) * page_size
+        smaller = 'kv_cache_dtype="int8", ' if helps else ""
         raise MemoryBudgetError(
             f"one sequence of max_model_len={max_model_len} needs {needed} pages of KV cache, "
             f"{size_text(needed * page)}; {sum_text} leaves {num_pages} pages. Use max_model_len={fits}, or less, "
-            f"{'kv_cache_dtype="int8", ' if num_pages < needed <= smaller else ''}a larger memory_fraction, or more devices"
+            f"{smaller}a larger memory_fraction, or more devices"
         )
     return MemoryPlan(total, budget, weights, temporaries, logits, page, num_pages, page_size)
 

@@ -19,6 +19,7 @@ from ryzanstein_jax.errors import MemoryBudgetError
 from ryzanstein_jax.model.decoder import Decoder
 from ryzanstein_jax.model.params import param_specs
 from ryzanstein_jax.model.quantization import QUANTIZATIONS, array_bytes
+from ryzanstein_jax.model.sizes import vector_bytes
 from ryzanstein_jax.model.spec import ModelSpec
 from ryzanstein_jax.sharding import PaddedSizes, partition_spec
 
@@ -62,6 +63,7 @@ class Footprint:
         int8_bytes, int4_bytes, fp8_bytes: bytes of the weights on one device with `quantization="int8"` and so on, and
             the rest in float32.
         kv_values: cached values per token on one device.
+        kv_8bit_bytes: bytes of them with `kv_cache_dtype="int8"` or `"fp8"`, scales included.
         padding: parameters added so that the sizes divide, as a share of the model's own.
     """
 
@@ -71,6 +73,7 @@ class Footprint:
     int4_bytes: int
     fp8_bytes: int
     kv_values: int
+    kv_8bit_bytes: int
     padding: float
 
 
@@ -88,8 +91,15 @@ def footprint(spec: ModelSpec, width: int) -> Footprint:
         sharded = "tp" in partition_spec(param.axes)
         total, local = total + size, local + (size // width if sharded else size)
     real = spec.num_parameters()
-    kv = 2 * spec.num_layers * sizes.heads.num_slots // width * spec.head_dim
-    return Footprint(width=width, weights=local, kv_values=kv, padding=(total - real) / real, **quantized)
+    vectors = 2 * spec.num_layers * sizes.heads.num_slots // width
+    return Footprint(
+        width=width,
+        weights=local,
+        kv_values=vectors * spec.head_dim,
+        kv_8bit_bytes=vectors * vector_bytes(spec.head_dim, 1),
+        padding=(total - real) / real,
+        **quantized,
+    )
 
 
 def host_peak_bytes() -> int:

@@ -22,8 +22,8 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ryzanstein_jax.budget import resolve_kv_dtype
 from ryzanstein_jax.batch import Bucket, FullRowLayout, RowLayout, StepLayout, attention_plan
+from ryzanstein_jax.budget import resolve_kv_dtype
 from ryzanstein_jax.executables import ExecutableStore, environment_of, program_key
 from ryzanstein_jax.history import history_counts
 from ryzanstein_jax.kv_cache import KVCache

@@ -64,8 +64,11 @@ def make_programs(
     table_width: int = 16,
     dtype: str = "float32",
     sharding: str = "megatron",
+    kv_cache_dtype: str = "auto",
 ) -> StepPrograms:
-    shapes = StepShapes(buckets, num_pages, page_size, table_width, num_logprobs=5, max_bias=64)
+    shapes = StepShapes(
+        buckets, num_pages, page_size, table_width, num_logprobs=5, max_bias=64, kv_cache_dtype=kv_cache_dtype
+    )
     return StepPrograms(spec, PaddedSizes.of(spec, width, sharding), jnp.dtype(dtype), make_mesh(width), shapes)
 
 

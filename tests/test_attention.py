@@ -212,8 +212,7 @@ def test_shared_blocks(window, dtype):
     keys, values = map(unscaled, pages)
     for sequence, length in enumerate(lens.tolist()):
         seen_k, seen_v = (
-            x[tables[sequence]].transpose(0, 2, 1, 3).reshape(-1, SLOTS, HEAD_DIM)[:length]
-            for x in (keys, values)
+            x[tables[sequence]].transpose(0, 2, 1, 3).reshape(-1, SLOTS, HEAD_DIM)[:length] for x in (keys, values)
         )
         padded_q = np.broadcast_to(q[sequence], (length, *q[sequence].shape))
         wanted = reference(padded_q, seen_k, seen_v, length - 1, window, None)[0]

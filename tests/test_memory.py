@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ryzanstein_jax.batch import Bucket
-from ryzanstein_jax.budget import resolve_dtype
+from ryzanstein_jax.budget import resolve_dtype, resolve_kv_dtype
 from ryzanstein_jax.config import DTYPES
 from ryzanstein_jax.errors import MemoryBudgetError
 from ryzanstein_jax.kv_cache import bytes_per_page
@@ -57,9 +57,11 @@ def page_bytes(width: int, page_size: int) -> int:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("width", [1, 4])
-def test_bytes_are_those_of_the_arrays(family, width):
-    programs = make_programs(golden_spec(family), width, Bucket(1, 0, 0, 1), num_pages=10, page_size=8)
+@pytest.mark.parametrize(("width", "cache"), [(1, "auto"), (4, "auto"), (1, "int8"), (4, "fp8")])
+def test_bytes_are_those_of_the_arrays(family, width, cache):
+    programs = make_programs(
+        golden_spec(family), width, Bucket(1, 0, 0, 1), num_pages=10, page_size=8, kv_cache_dtype=cache
+    )
 
     def local_bytes(shapes):
         return sum(
@@ -68,10 +70,13 @@ def test_bytes_are_those_of_the_arrays(family, width):
         )
 
     spec, sizes = programs.spec, programs.sizes
-    assert 10 * bytes_per_page(spec, sizes, 8, F32) == local_bytes(programs.cache_shapes)
+    page = bytes_per_page(spec, sizes, 8, resolve_kv_dtype(cache, F32))
+    assert 10 * page == local_bytes(programs.cache_shapes)
     assert weight_bytes(programs.param_shapes) == local_bytes(programs.param_shapes)
     print_of_width = footprint(spec, width)
     assert 4 * print_of_width.weights == weight_bytes(programs.param_shapes)
+    if cache != "auto":
+        assert page == 8 * (print_of_width.kv_8bit_bytes + 4)
     assert print_of_width.padding >= 0
     if width == 1:
         assert print_of_width.weights == spec.num_parameters() and print_of_width.padding == 0
@@ -91,11 +96,31 @@ def test_the_sum_without_jax_is_that_of_the_arrays(family):
                 assert page == 16 * (truth.kv_values * dtype.itemsize + 4)
 
 
+def test_fewer_bits_make_more_pages_and_are_advised_where_they_help():
+    spec = SPEC.replace(head_dim=64)
+    counts = {}
+    for cache in ("auto", "int8", "fp8"):
+        plan = planned(spec=spec, max_num_seqs=10**6, kv_cache_dtype=cache)
+        counts[cache] = plan.num_pages
+        assert plan.kv_cache <= plan.budget - 125 * MIB < plan.kv_cache + plan.page_bytes
+    # 4 x 64 bytes of a vector become 64 and a scale's 4.
+    assert counts["int8"] == counts["fp8"] == pytest.approx(counts["auto"] * 256 / 68, rel=0.01)
+    long = dict(spec=spec, max_model_len=2 * counts["auto"] * 16)
+    with pytest.raises(MemoryBudgetError, match=r'or less, kv_cache_dtype="int8", a larger'):
+        planned(**long)
+    assert planned(**long, kv_cache_dtype="int8").num_pages > 2 * counts["auto"]
+    for useless in (dict(long, max_model_len=9 * counts["auto"] * 16), dict(long, num_pages=40)):
+        with pytest.raises(MemoryBudgetError, match="or less, a larger memory_fraction"):
+            planned(**useless)
+
+
 def test_dtypes_are_those_of_jax():
     for name in DTYPES[1:]:
         assert resolve_dtype(name, "float32", "gpu") == jnp.dtype(name)
     assert resolve_dtype("auto", "bfloat16", "gpu") == jnp.bfloat16
     assert resolve_dtype("auto", "bfloat16", "cpu") == F32
+    assert resolve_kv_dtype("auto", F32) == F32
+    assert resolve_kv_dtype("int8", F32) == jnp.int8 and resolve_kv_dtype("fp8", F32) == jnp.float8_e4m3fn
 
 
 def test_an_exact_number_of_pages():

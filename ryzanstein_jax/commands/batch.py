@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from ryzanstein_jax.commands.options import (
+    CacheDtype,
     Dtype,
     Executor,
     Fraction,
@@ -45,6 +46,7 @@ def batch(
     sharding: Sharding = "megatron",
     dtype: Dtype = "auto",
     quantization: Quantize = None,
+    kv_cache_dtype: CacheDtype = "auto",
     max_model_len: MaxLen = None,
     memory_fraction: Fraction = None,
     max_num_seqs: MaxSeqs = None,
@@ -73,6 +75,7 @@ def batch(
         data_parallel_size=dp,
         max_num_seqs=max_num_seqs,
         quantization=quantization,
+        kv_cache_dtype=kv_cache_dtype,
         sharding=sharding,
     )
     config = make_config(model, settings)  # refuses what is wrong before files are touched

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from ryzanstein_jax.commands.options import (
+    CacheDtype,
     Dtype,
     Executor,
     Fraction,
@@ -55,6 +56,7 @@ def generate(
     sharding: Sharding = "megatron",
     dtype: Dtype = "auto",
     quantization: Quantize = None,
+    kv_cache_dtype: CacheDtype = "auto",
     max_model_len: MaxLen = None,
     memory_fraction: Fraction = None,
     max_num_seqs: MaxSeqs = None,
@@ -82,6 +84,7 @@ def generate(
         load_format=load_format,
         max_num_seqs=seqs,
         quantization=quantization,
+        kv_cache_dtype=kv_cache_dtype,
         sharding=sharding,
         **profile_settings(profile, profile_steps),
     )
@@ -126,6 +129,7 @@ def chat(
     tp: Width = 1,
     dtype: Dtype = "auto",
     quantization: Quantize = None,
+    kv_cache_dtype: CacheDtype = "auto",
     max_model_len: MaxLen = None,
     memory_fraction: Fraction = None,
     executor: Executor = "local",
@@ -134,7 +138,15 @@ def chat(
     """Talks with a model. /reset begins again, /quit or end of input ends; Ctrl-C stops an answer."""
     opening = [{"role": "system", "content": system}] if system else []
     messages = list(opening)
-    settings = engine_settings(tp, dtype, max_model_len, memory_fraction, max_num_seqs=1, quantization=quantization)
+    settings = engine_settings(
+        tp,
+        dtype,
+        max_model_len,
+        memory_fraction,
+        max_num_seqs=1,
+        quantization=quantization,
+        kv_cache_dtype=kv_cache_dtype,
+    )
     with LLM(model, executor=executor, orchestrator=parse_options(orchestrator), **settings) as llm:
         params = chosen_params(llm, max_tokens, temperature=temperature, top_p=top_p, seed=seed)
         while True:

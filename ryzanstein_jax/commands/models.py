@@ -72,6 +72,7 @@ def info(
         "weights, fp8",
         "KV per token, f32",
         "KV per token, bf16",
+        "KV per token, int8 or fp8",
         "padding",
     )
     for width in widths:
@@ -84,6 +85,7 @@ def info(
             f"{width.fp8_bytes / 2**20:,.1f} MiB",
             f"{width.kv_values * 4 / 2**10:,.1f} KiB",
             f"{width.kv_values * 2 / 2**10:,.1f} KiB",
+            f"{width.kv_8bit_bytes / 2**10:,.1f} KiB",
             f"{width.padding:.0%}",
         )
     console.print(table)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ryzanstein_jax.config import DTYPES, LOAD_FORMATS, QUANTIZATIONS, SHARDINGS
+from ryzanstein_jax.config import DTYPES, KV_CACHE_DTYPES, LOAD_FORMATS, QUANTIZATIONS, SHARDINGS
 from ryzanstein_jax.llm import LLM
 from ryzanstein_jax.request import SamplingParams
 
@@ -24,6 +24,13 @@ Dtype = Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")]
 Quantize = Annotated[
     str | None,
     typer.Option("--quantization", help=f"One of {', '.join(QUANTIZATIONS)}; as the checkpoint is if not given."),
+]
+CacheDtype = Annotated[
+    str,
+    typer.Option(
+        "--kv-cache-dtype",
+        help=f"Of the KV cache, one of {', '.join(KV_CACHE_DTYPES)}; auto: as activations. See docs/quantization.md.",
+    ),
 ]
 Sharding = Annotated[
     str, typer.Option(help=f"What the devices say to each other: {', '.join(SHARDINGS)}. See docs/sharding.md.")

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from ryzanstein_jax.commands.options import CacheDtype, Quantize
 from ryzanstein_jax.config import SHARDINGS
 from ryzanstein_jax.errors import ConfigError
 
@@ -33,6 +34,8 @@ def plan(
     context: Annotated[int | None, typer.Option(help="Tokens of each sequence; 8192, or the model's most.")] = None,
     prompt: Annotated[int | None, typer.Option(help="Tokens of the prompt; 2048, or less with the context.")] = None,
     dtype: Annotated[str, typer.Option(help="One of auto, bfloat16, float16, float32.")] = "auto",
+    quantization: Quantize = None,
+    kv_cache_dtype: CacheDtype = "auto",
     sharding: Annotated[str, typer.Option(help=f"One of {', '.join(SHARDINGS)}; see docs/sharding.md.")] = "megatron",
     memory_fraction: Annotated[float | None, typer.Option(help="Share of each device's memory.")] = None,
     max_num_batched_tokens: Annotated[int, typer.Option(help="Prompt tokens in a step.")] = 512,
@@ -70,7 +73,8 @@ def plan(
     made = planner.plan(
         model, names, _numbers("tp", tp), _numbers("batch", batch), context=context,
         prompt=prompt if prompt is not None else min(2048, context), dtype=dtype, memory_fraction=memory_fraction,
-        sharding=sharding, max_num_batched_tokens=max_num_batched_tokens, shares=(1.0, 1.0) if ideal else None,
+        quantization=quantization, kv_cache_dtype=kv_cache_dtype, sharding=sharding,
+        max_num_batched_tokens=max_num_batched_tokens, shares=(1.0, 1.0) if ideal else None,
     )  # fmt: skip
     programs = _compile(made) if compiled else []
     if plot is not None:
@@ -93,6 +97,7 @@ def plan(
 
 
 def _compile(made: Any) -> list[tuple[Any, Any]]:
+    from ryzanstein_jax.model.quantized_checkpoints import quantization_config
     from ryzanstein_jax.planner.compiled import compile_jobs, engine_jobs, expected
     from ryzanstein_jax.planner.shapes import config_of
 
@@ -104,9 +109,13 @@ def _compile(made: Any) -> list[tuple[Any, Any]]:
         for job in engine_jobs(
             device, width, batch, context=setting.context, page_size=setting.page_size,
             prefill=setting.prompt_tokens(batch), dtype=made.dtype, sharding=setting.sharding,
+            kv_cache_dtype=setting.kv_cache_dtype,
         )
     ]  # fmt: skip
-    return [(found, expected(made.spec, found.job)) for found in compile_jobs(config_of(made.model), jobs)]
+    config = config_of(made.model)
+    if setting.quantization is not None:
+        config["quantization_config"] = quantization_config(made.spec.quantization)
+    return [(found, expected(made.spec, found.job)) for found in compile_jobs(config, jobs)]
 
 
 def _facts(compiled: Any, expected: Any) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from ryzanstein_jax.commands.options import (
+    CacheDtype,
     Dtype,
     Executor,
     Fraction,
@@ -61,6 +62,7 @@ def serve(
     sharding: Sharding = "megatron",
     dtype: Dtype = "auto",
     quantization: Quantize = None,
+    kv_cache_dtype: CacheDtype = "auto",
     max_model_len: MaxLen = None,
     memory_fraction: Fraction = None,
     max_num_seqs: MaxSeqs = None,
@@ -106,6 +108,7 @@ def serve(
         max_num_batched_tokens=max_num_batched_tokens,
         embedding_pooling=embedding_pooling,
         quantization=quantization,
+        kv_cache_dtype=kv_cache_dtype,
         sharding=sharding,
         **profile_settings(profile, profile_steps),
     )

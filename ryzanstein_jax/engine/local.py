@@ -173,6 +173,7 @@ class LocalExecutor:
             compile_seconds=compile_seconds,
             num_programs=self.metrics.counter("compiles"),
             num_loaded=self.metrics.counter("executables_loaded"),
+            kv_cache_dtype=config.kv_cache_dtype,
         )
         self._last_step = time.monotonic()
 

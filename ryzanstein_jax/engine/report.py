@@ -62,12 +62,13 @@ class SetupReport:
 
     Attributes:
         device: platform and kind of the devices.
-        dtype: of weights, activations and cache.
+        dtype: of activations, and of weights that are not quantized.
         memory: the sum for one device.
         load: what loading the weights cost, as the fields of `checkpoint.assemble.LoadReport`; empty for dummy weights.
         load_seconds, compile_seconds: wall time; the two overlap.
         num_programs: how many programs were compiled or found in the cache.
         num_loaded: how many of them, and of the few that only starting needs, were found as executables.
+        kv_cache_dtype: of `config.KV_CACHE_DTYPES`; "auto" is `dtype`.
     """
 
     device: str
@@ -78,10 +79,12 @@ class SetupReport:
     compile_seconds: float
     num_programs: int
     num_loaded: int
+    kv_cache_dtype: str = "auto"
 
     def __str__(self) -> str:
+        cache = "" if self.kv_cache_dtype == "auto" else f", KV cache in {self.kv_cache_dtype}"
         return (
-            f"{self.device}, {self.dtype}; weights in {self.load_seconds:.1f} s, "
+            f"{self.device}, {self.dtype}{cache}; weights in {self.load_seconds:.1f} s, "
             f"{counted(self.num_programs, 'program')} in {self.compile_seconds:.1f} s\n{self.memory}"
         )
 

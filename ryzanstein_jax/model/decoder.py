@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ryzanstein_jax.attention import AttentionPlan, attend
-from ryzanstein_jax.kv_cache import KVCache
+from ryzanstein_jax.kv_cache import KVCache, Pages
 from ryzanstein_jax.model.layers import (
     AllHeadsRMSNorm,
     ColumnParallelLinear,
@@ -59,8 +59,8 @@ class Attention(nnx.Module):
         self.scale, self.softcap, self.window = spec.attention_scale, spec.attention_softcap, layer.window
 
     def __call__(
-        self, x_TD: jax.Array, keys: jax.Array, values: jax.Array, plan: AttentionPlan, rope: Rope
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        self, x_TD: jax.Array, keys: Pages, values: Pages, plan: AttentionPlan, rope: Rope
+    ) -> tuple[jax.Array, Pages, Pages]:
         qkv_TKGH = self.qkv(x_TD)
         q_TKQH, k_TKH, v_TKH = qkv_TKGH[:, :, :-2], qkv_TKGH[:, :, -2], qkv_TKGH[:, :, -1]
         if self.q_norm is not None and self.k_norm is not None:
@@ -143,8 +143,8 @@ class DecoderLayer(nnx.Module):
             )
 
     def __call__(
-        self, x_TD: jax.Array, keys: jax.Array, values: jax.Array, plan: AttentionPlan, rope: Rope
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        self, x_TD: jax.Array, keys: Pages, values: Pages, plan: AttentionPlan, rope: Rope
+    ) -> tuple[jax.Array, Pages, Pages]:
         with jax.named_scope("attention"):
             y_TD, keys, values = self.attention(replicate(_apply(self.attention_norm, x_TD)), keys, values, plan, rope)
             x_TD = x_TD + _apply(self.attention_post_norm, y_TD)
@@ -221,11 +221,11 @@ def _run_layer(
     graph: nnx.GraphDef[DecoderLayer],
     state: nnx.State,
     x_TD: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
+    keys: Pages,
+    values: Pages,
     plan: AttentionPlan,
     rope: Rope,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, Pages, Pages]:
     """One layer as a function of its own: alike layers are traced once, which makes starting several times faster."""
     return nnx.merge(graph, state)(x_TD, keys, values, plan, rope)
 

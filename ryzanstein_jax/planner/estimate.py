@@ -128,7 +128,7 @@ def plan(
     if not 1 <= len(devices) * len(widths) * len(batches) <= _MOST_ROWS:
         raise ConfigError("batch", batches, f"give 1 to {_MOST_ROWS} combinations of device, width and batch")
     chosen = Setting(**setting)
-    spec = spec_from_config(config_of(model))
+    spec = spec_from_config(config_of(model), quantization=chosen.quantization)
     most = spec.max_position_embeddings
     for name in ("context", "prompt"):
         if getattr(chosen, name) > most:
@@ -165,9 +165,7 @@ def _estimates(
     rows = []
     for batch in batches:
         step = Step(decodes=batch, context=setting.context)
-        time = predict(
-            spec, device, step, width=width, dtype=dtype, sharding=setting.sharding, kv_cache_dtype=cached
-        )
+        time = predict(spec, device, step, width=width, dtype=dtype, sharding=setting.sharding, kv_cache_dtype=cached)
         one = predict(spec, single, step, width=1, dtype=dtype, kv_cache_dtype=cached)
         memory = memory_use(spec, device, width, dtype, batch, setting, fraction)
         rows.append(
@@ -194,9 +192,7 @@ def prompt_time(
     parts: dict[str, float] = dict.fromkeys(("weights", "compute", "kv", "communication", "host", "other"), 0.0)
     for before in range(0, prompt, chunk):
         step = Step(prefill=min(chunk, prompt - before), before=before)
-        time = predict(
-            spec, device, step, width=width, dtype=dtype, sharding=sharding, kv_cache_dtype=kv_cache_dtype
-        )
+        time = predict(spec, device, step, width=width, dtype=dtype, sharding=sharding, kv_cache_dtype=kv_cache_dtype)
         for name in parts:
             parts[name] += getattr(time, name)
     return StepTime(**parts, beside=time.beside)

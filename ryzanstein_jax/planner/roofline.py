@@ -135,9 +135,7 @@ def step_parts(
     queries = slots * heads.queries_per_slot
     attention = Part(kv_bytes, 4.0 * attended * queries * spec.head_dim)
 
-    logits = (
-        4 * step.rows * (vocab + 3 * sizes.vocab)
-    )  # written in float32, gathered, read by the sampler
+    logits = 4 * step.rows * (vocab + 3 * sizes.vocab)  # written in float32, gathered, read by the sampler
     projection = tables["embedding" if spec.tie_embeddings else "unembed"]
     head = Part(projection * bool(step.rows) + logits, 2.0 * step.rows * vocab * embed)
     return {"linear": linear, "attention": attention, "head": head}

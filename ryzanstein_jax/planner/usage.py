@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ryzanstein_jax.config import SHARDINGS, checked_kv_cache_dtype
+from ryzanstein_jax.config import QUANTIZATIONS, SHARDINGS, checked_kv_cache_dtype
 from ryzanstein_jax.errors import ConfigError
 from ryzanstein_jax.model.sizes import PaddedSizes
 from ryzanstein_jax.model.spec import ModelSpec
@@ -28,6 +28,7 @@ class Setting:
         page_size: tokens in a page of KV cache.
         sharding: the way to shard.
         kv_cache_dtype: of the KV cache: "auto" (that of the activations), "int8" or "fp8".
+        quantization: of the weights, as `EngineConfig` takes it; None: as the checkpoint is.
     """
 
     context: int = 8192
@@ -38,6 +39,7 @@ class Setting:
     page_size: int = 16
     sharding: str = "megatron"
     kv_cache_dtype: str = "auto"
+    quantization: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("context", "prompt"):
@@ -47,6 +49,8 @@ class Setting:
         if self.dtype not in ("auto", "bfloat16", "float16", "float32"):
             raise ConfigError("dtype", self.dtype, "use one of auto, bfloat16, float16, float32")
         object.__setattr__(self, "kv_cache_dtype", checked_kv_cache_dtype(self.kv_cache_dtype))
+        if self.quantization is not None and self.quantization not in QUANTIZATIONS:
+            raise ConfigError("quantization", self.quantization, f"use one of {', '.join(QUANTIZATIONS)}")
         if self.sharding not in SHARDINGS:
             raise ConfigError("sharding", self.sharding, f"use one of {', '.join(SHARDINGS)}")
         if self.memory_fraction is not None and not 0 < self.memory_fraction <= 1:

@@ -112,6 +112,7 @@ def _engine(backend: Backend, age: float) -> dict[str, Any]:
     return {
         "device": backend.report.device,
         "dtype": backend.report.dtype,
+        "kv_cache_dtype": backend.report.kv_cache_dtype,
         "max_model_len": backend.max_length,
         "running": stats.num_running,
         "waiting": stats.num_waiting,

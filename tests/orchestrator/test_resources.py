@@ -31,17 +31,17 @@ def allocator(spec=BIG, **settings) -> ResourceAllocator:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_sum_is_that_of_a_rank(family, dtype):
+@pytest.mark.parametrize(("dtype", "cache"), [("float32", "auto"), ("bfloat16", "auto"), ("bfloat16", "int8")])
+def test_the_sum_is_that_of_a_rank(family, dtype, cache):
     spec = golden_spec(family)
-    made = allocator(spec, dtype=dtype)
+    made = allocator(spec, dtype=dtype, kv_cache_dtype=cache)
     itemsize = jnp.dtype(dtype).itemsize
     for width in range(1, 9):
         memory = made.place([gpu(slot, 5 * MIB) for slot in range(8)], width).memory
         assert memory == plan_memory(
             spec=spec, sizes=PaddedSizes.of(spec, width), dtype=jnp.dtype(dtype), total=5 * MIB, memory_fraction=1.0,
             weights=footprint(spec, width).weights * itemsize, temporaries=0, logits=0, page_size=16,
-            max_model_len=64, max_num_seqs=4,
+            max_model_len=64, max_num_seqs=4, kv_cache_dtype=cache,
         )  # fmt: skip
         assert made.page_budget(width) == made.page_budget(width, 5 * MIB, "gpu") == memory.num_pages > 4
 

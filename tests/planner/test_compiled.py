@@ -97,6 +97,18 @@ def test_a_missing_compiler_is_named(monkeypatch):
         compile_jobs(CONFIG, engine_jobs("h100", 1, 1, context=64, prefill=64))
 
 
+@pytest.mark.parametrize(("device", "cache"), [("h100", "int8"), ("a100", "fp8")])
+def test_a_cache_of_8_bits_is_read_by_the_kernel(device, cache):
+    """Attention is a kernel also on GPUs that know no float8, and makes no copy of the cache in another precision."""
+    jobs = engine_jobs(device, 1, 4, context=8192, prefill=512, kv_cache_dtype=cache)
+    for found in compile_jobs(CONFIG, [dataclasses.replace(job, sampler=False) for job in jobs]):
+        planned = expected(SPEC, found.job)
+        assert planned.total == pytest.approx(found.total, rel=0.02)
+        assert found.cache == found.job.num_pages * 16 * (2 * 2 * 8 * 132 + 4)
+        assert found.cache_in_place and found.loops == 0
+        assert found.temporaries < found.cache / 4 or found.job.prefill
+
+
 @pytest.mark.parametrize("name", QUANTIZATIONS)
 def test_quantized_programs_hold_quantized_weights(name):
     """4 bits lie in pairs on the device, and no kernel is written out in another precision to decode a token."""

@@ -43,6 +43,19 @@ def test_memory_by_hand():
     assert row.memory.fits
 
 
+def test_fewer_bits_by_hand():
+    (plain,) = plan("llama-3-8b", "h100", [1], [4], context=1024).rows
+    (row,) = plan("llama-3-8b", "h100", [1], [4], context=1024, kv_cache_dtype="fp8_e4m3", quantization="int8").rows
+    # 32 layers, 8 heads, 128 bytes and a scale of 4, twice.
+    assert row.memory.kv_cache == (4 * 1024 + 16) * (2 * 32 * 8 * 132 + 4)
+    assert row.memory.weights == pytest.approx(plain.memory.weights / 2, rel=0.01)
+    # A step reads of the weights all but the embedding, and waits for nothing else.
+    assert row.step.weights == pytest.approx(plain.step.weights / 2, rel=0.01)
+    assert row.step.kv == pytest.approx(plain.step.kv * 132 / 256)
+    assert row.largest_batch > 2 * plain.largest_batch
+    assert row.prefill.kv + row.prefill.weights < plain.prefill.kv + plain.prefill.weights
+
+
 @pytest.mark.parametrize("width", [1, 2, 8])
 @pytest.mark.parametrize("context", [100, 8192])
 def test_the_largest_batch_fits_and_one_more_does_not(width, context):
@@ -115,6 +128,8 @@ def test_nothing_is_faster_than_ideal():
         ({"max_num_batched_tokens": 15}, "max_num_batched_tokens=15"),
         ({"page_size": 0}, "page_size=0"),
         ({"sharding": "rows"}, "sharding='rows'.*megatron, output, sequence"),
+        ({"kv_cache_dtype": "fp8_e5m2"}, "kv_cache_dtype='fp8_e5m2'.*auto, int8, fp8"),
+        ({"quantization": "int2"}, "quantization='int2'.*int8, int4, fp8"),
     ],
 )
 def test_what_is_out_of_range_is_refused_by_name(arguments, message):

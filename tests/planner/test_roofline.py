@@ -7,6 +7,7 @@ import pytest
 from ryzanstein_jax.communication import Collective
 from ryzanstein_jax.errors import ConfigError
 from ryzanstein_jax.model.families import spec_from_config
+from ryzanstein_jax.model.quantization import QUANTIZATIONS
 from ryzanstein_jax.model.sizes import PaddedSizes
 from ryzanstein_jax.planner.devices import DEVICES, Costs, Device, Link
 from ryzanstein_jax.planner.roofline import (
@@ -62,6 +63,41 @@ def test_a_window_bounds_what_is_read():
     sizes = PaddedSizes.of(SPEC, 1)
     read = step_parts(windowed, sizes, Step(decodes=1, context=400), 4)["attention"].bytes
     assert read == 2 * 2 * (16 + 1) * 2 * 26 * 4
+
+
+def test_a_cache_of_8_bits_is_read_with_its_scales():
+    sizes, step = PaddedSizes.of(SPEC, 1), Step(decodes=3, context=40)
+    plain = step_parts(SPEC, sizes, step, 4)
+    for cache in ("int8", "fp8"):
+        parts = step_parts(SPEC, sizes, step, 4, cache)
+        assert parts["attention"].bytes == 2 * 2 * (3 * 40 + 3) * 2 * (26 + 4)
+        assert parts | {"attention": plain["attention"]} == plain
+        slow = SIMPLE.shares(1e-3, 1.0)  # so that memory is what attention waits for
+        times = [predict(SPEC, slow, step, dtype="float32", kv_cache_dtype=name).kv for name in ("auto", cache)]
+        assert times[0] == pytest.approx(times[1] * 26 * 4 / (26 + 4))
+
+
+@pytest.mark.parametrize(("name", "layer", "table"), [
+    # A byte and 4 bytes a scale for each output: q, k and v, o, gate and up, down; two norms in float32.
+    ("int8", 20800 + 4 * 208 + 10400 + 4 * 100 + 12000 + 4 * 120 + 6000 + 4 * 100 + 4 * 200, 80 * (100 + 4)),
+    ("fp8", 20800 + 4 * 208 + 10400 + 4 * 100 + 12000 + 4 * 120 + 6000 + 4 * 100 + 4 * 200, 80 * (100 + 4)),
+    # Half a byte; scales for groups of 32, or of what divides it and 100 inputs (4), a head of 26 (2) and 60 (4).
+    (
+        "int4",
+        10400 + 4 * 208 * 25 + 5200 + 4 * 100 * 52 + 6000 + 4 * 120 * 25 + 3000 + 4 * 100 * 15 + 4 * 200,
+        80 * (100 + 4),
+    ),
+])  # fmt: skip
+def test_quantized_weights_are_read_as_they_are_stored(name, layer, table):
+    spec = SPEC.replace(quantization=QUANTIZATIONS[name])
+    step, plain = Step(decodes=3, context=40), step_parts(SPEC, PaddedSizes.of(SPEC, 1), Step(decodes=3, context=40), 4)
+    sizes = dataclasses.replace(PaddedSizes.of(spec, 1), ffn=60)
+    parts = step_parts(spec, sizes, step, 4)
+    assert plain["linear"].bytes - parts["linear"].bytes == 2 * (4 * LAYER - layer)
+    assert plain["head"].bytes - parts["head"].bytes == 4 * 80 * 100 - table
+    assert parts["linear"].operations == plain["linear"].operations
+    tied = dataclasses.replace(spec, tie_embeddings=True)
+    assert step_parts(tied, sizes, step, 4) == parts, "the embedding is the output projection then"
 
 
 def test_time_is_what_each_part_waits_for():
