@@ -33,6 +33,8 @@ class OurWorker:
             "dtype": report.dtype,
             "weight_bytes": memory.weights,
             "kv_bytes_per_token": memory.page_bytes / memory.page_size,
+            "num_pages": memory.num_pages,
+            "cache_tokens": memory.num_tokens,
         }
 
     def generate(self, prompts: list[list[int]], max_tokens: int) -> dict[str, Any]:

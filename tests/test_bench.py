@@ -15,7 +15,7 @@ MODEL = ROOT / "tests" / "golden" / "llama"
 
 sys.path.insert(0, str(ROOT))  # the benchmarks are no part of the installed package
 
-from bench import test_start  # noqa: E402
+from bench import test_cache_dtypes, test_start  # noqa: E402
 from bench.export import export_hf_folder  # noqa: E402
 from bench.harness import OURS, SMOKE, THEIRS, Bench, Side, WrongResult, times_better  # noqa: E402
 from bench.machine import read_bandwidth  # noqa: E402
@@ -26,7 +26,7 @@ class FakeWorker:
     """A side whose next token is the last one plus one; `slip` makes the last token of each completion wrong."""
 
     def __init__(self, slip: int = 0, margin: float = 9.0, short: bool = False):
-        self.slip, self.logits, self.short = slip, margin, short
+        self.slip, self.logits, self.short, self.seconds = slip, margin, short, 2.0
         self.seen: list[list[list[int]]] = []
 
     def call(self, operation: str, **arguments: object) -> dict:
@@ -37,7 +37,7 @@ class FakeWorker:
         tokens = [[p[-1] + i + 1 for i in range(max_tokens - self.short)] for p in prompts]
         for row in tokens:
             row[-1] += self.slip
-        return {"tokens": tokens, "seconds": 2.0, "first_token_seconds": 1.0}
+        return {"tokens": tokens, "seconds": self.seconds, "first_token_seconds": 1.0}
 
     def margin(self, prompt: list[int], one: int, other: int) -> dict:
         return {"logits": self.logits}
@@ -46,7 +46,8 @@ class FakeWorker:
         return {}
 
     def describe(self) -> dict:
-        return {"versions": {"fake": "1"}, "device": "none"}
+        cache = {"kv_bytes_per_token": 8.0, "num_pages": 3, "cache_tokens": 32}
+        return {"versions": {"fake": "1"}, "device": "none", **cache}
 
     def peak_memory(self) -> dict:
         return {"bytes": 5_000_000_000}
@@ -105,6 +106,21 @@ def test_start_measures_both_sides(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert set(result["ratio"]) == {"cold_seconds", "warm_seconds", "peak_memory_gb"}
 
 
+def test_caches_take_turns_and_are_compared_with_the_first(tmp_path: Path) -> None:
+    workers = [FakeWorker(), FakeWorker()]
+    workers[1].seconds = 1.0
+    sides = [Side(name, worker, worker.describe()) for name, worker in zip(("auto", "int8"), workers, strict=True)]  # type: ignore[arg-type]
+    bench = make_bench(tmp_path)
+    test_cache_dtypes.compare(bench, sides, {"batch": (3, 4, 8, 6)})
+    result = json.loads((bench.folder / "cache_dtypes.json").read_text())
+    assert result["figures"]["auto"]["batch"] == {"tokens_per_s": 9.0, "ratio": 1.0}
+    assert result["figures"]["int8"] == {
+        "kv_bytes_per_token": 8.0, "num_pages": 3, "cache_tokens": 32, "batch": {"tokens_per_s": 18.0, "ratio": 2.0},
+    }  # fmt: skip
+    assert workers[0].seen == workers[1].seen and [len(p) for p in workers[0].seen[0]] == [4, 6, 8]
+    assert len(result["runs"]["batch"]["int8"]) == 2 and workers[0].seen[1] != workers[0].seen[2]
+
+
 def test_exported_weights_are_the_models(tmp_path: Path) -> None:
     vocab_size = export_hf_folder(str(MODEL), tmp_path)
     exported, original = load_file(tmp_path / "model.safetensors"), load_file(MODEL / "model.safetensors")
@@ -148,7 +164,7 @@ def test_the_benchmarks_run_on_a_tiny_model(tmp_path: Path) -> None:
         "1",
         "-k",
         "not start and not scaling and not replicas and not load and not constrained and not strategies and"
-        " not narrower",
+        " not narrower and not cache_dtypes",
         "--model",
         str(MODEL),
     ]
