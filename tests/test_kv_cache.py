@@ -21,7 +21,19 @@ from ryzanstein_jax.kv_cache import floats, quantize, write
 from ryzanstein_jax.model.quantization import QUANTIZATIONS
 from ryzanstein_jax.request import SamplingParams
 from ryzanstein_jax.sharding import collectives
-from tests.faults.harness import MODEL, OPTIONS, SETTINGS, Watch, events, kill, nothing_left_behind, run_streams, same
+from tests.faults import harness
+from tests.faults.harness import (
+    MODEL,
+    OPTIONS,
+    SETTINGS,
+    Watch,
+    events,
+    kill,
+    nothing_left_behind,
+    requests,
+    run_streams,
+    same,
+)
 from tests.server.model import tiny_model
 from tests.support import (
     GOLDEN,
@@ -127,7 +139,7 @@ def test_an_engine_gives_the_same_tokens_with_cached_prefixes_and_preempted():
     """On int8 weights in bfloat16: a quantized cache goes with all of that."""
     config = dict(dtype="bfloat16", quantization="int8", max_model_len=64, page_size=4, max_num_seqs=3)
     prompt = golden_expected("smollm2")[2].tolist()
-    requests = {
+    asked = {
         str(number): (prompt[: 12 + 8 * number], SamplingParams(temperature=0, max_tokens=20, ignore_eos=True))
         for number in range(3)
     }
@@ -140,12 +152,12 @@ def test_an_engine_gives_the_same_tokens_with_cached_prefixes_and_preempted():
     device = executor.mesh.devices.flat[0]
     parts = (part for array in jax.tree.leaves(executor._runner._cache) for part in array.addressable_shards)
     assert sum(part.data.nbytes for part in parts if part.device == device) == memory.kv_cache
-    first = tokens_of(serve(engine, requests))
-    again = tokens_of(serve(engine, requests))
+    first = tokens_of(serve(engine, asked))
+    again = tokens_of(serve(engine, asked))
     assert engine.stats().num_prefix_hits > 0
     executor.limits = dataclasses.replace(executor.limits, num_pages=18)
     tight = Engine(executor, eos_token_ids=(), config=EngineConfig("m"))
-    squeezed = tokens_of(serve(tight, requests))
+    squeezed = tokens_of(serve(tight, asked))
     assert tight.stats().num_preemptions > 0
     assert first == again == squeezed
     engine.close()
@@ -158,14 +170,17 @@ def test_its_programs_are_found_under_keys_of_their_own():
         assert len({one._key(kind, size) for one in made}) == len(made)
 
 
-def test_streams_outlive_a_killed_rank(tmp_path):
+def test_streams_outlive_a_killed_rank(tmp_path, monkeypatch):
     """With the tokens of an undisturbed run: what is replayed is rounded as it was."""
+    few = requests()[1:4]
+    monkeypatch.setattr(harness, "requests", lambda: few)
+    settings = SETTINGS | {"max_num_seqs": 2, "max_num_batched_tokens": 16}  # few programs
     with nothing_left_behind(tmp_path):
         options = {**OPTIONS, "log_dir": str(tmp_path)}
-        llm = AsyncLLM(MODEL, executor="processes", orchestrator=options, kv_cache_dtype="fp8", **SETTINGS)
+        llm = AsyncLLM(MODEL, executor="processes", orchestrator=options, kv_cache_dtype="fp8", **settings)
         try:
             expected = run_streams(llm)
-            watch = Watch(150, lambda: kill(llm, 1))
+            watch = Watch(30, lambda: kill(llm, 1))
             found = run_streams(llm, watch)
             assert watch.done and events(llm, "recovered")[-1]["requests"] > 0
             assert llm.report.kv_cache_dtype == "fp8"
