@@ -18,7 +18,6 @@ a block, P pages of a block, W page-table width, X whatever stands for queries.
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import NamedTuple
 
@@ -27,7 +26,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from ryzanstein_jax import kv_cache, native
-from ryzanstein_jax.kv_cache import Pages, QuantizedPages
+from ryzanstein_jax.kv_cache import Pages
 
 #: Queries in a tile of a prompt chunk, and positions of a block of pages; chosen by measurement on CPUs.
 TILE = 32
@@ -237,7 +236,7 @@ def _decode(q_DKQH, keys, values, plan, window, update):  # type: ignore[no-unty
         rows_JX = _rows(tables_NWP[plan.shared_seqs, plan.shared_blocks], num_slots)
 
         def shared_body(index, carry):  # type: ignore[no-untyped-def]
-            k_NKLH, v_NKLH = _read_blocks(keys, values, rows_JX[index])
+            k_NKLH, v_NKLH = kv_cache.read_blocks(keys, values, rows_JX[index])
             positions_L = plan.shared_blocks[index] * span + jnp.arange(span)
             seen_DL = (plan.shared_members[index] > 0)[:, None] & (positions_L >= begin_D[:, None])
             seen_XL = jnp.repeat(seen_DL, queries, axis=0)
@@ -258,7 +257,7 @@ def _decode(q_DKQH, keys, values, plan, window, update):  # type: ignore[no-unty
         seqs_D, blocks_D, rows_DX = (
             jax.lax.dynamic_slice_in_dim(x, first, decodes) for x in (seqs_I, blocks_I, rows_IX)
         )
-        k_DKLH, v_DKLH = _read_blocks(keys, values, rows_DX)
+        k_DKLH, v_DKLH = kv_cache.read_blocks(keys, values, rows_DX)
         positions_DL = blocks_D[:, None] * span + jnp.arange(span)
         ends_D = jnp.where(first + jnp.arange(decodes) < num_items, lens_D[seqs_D], 0)
         seen_DL = positions_DL < ends_D[:, None]
@@ -314,7 +313,7 @@ def _prefill(q_TKQH, out_TKQH, keys, values, plan, window, update):  # type: ign
         end = jnp.minimum(-(-(jnp.max(first_G) + TILE) // span), tables_NWP.shape[1])
 
         def block_body(block, carry):  # type: ignore[no-untyped-def]
-            k_GKLH, v_GKLH = _read_blocks(keys, values, _rows(tables_NWP[seqs_G, block], num_slots))
+            k_GKLH, v_GKLH = kv_cache.read_blocks(keys, values, _rows(tables_NWP[seqs_G, block], num_slots))
             positions_L = block * span + jnp.arange(span)
             seen_GBL = positions_L <= positions_GB[:, :, None]
             if window is not None:
@@ -345,33 +344,6 @@ def _rows(pages_NP: jax.Array, num_slots: int) -> jax.Array:
     return rows_NKP.reshape(pages_NP.shape[0], -1)
 
 
-def _read_blocks(keys, values, rows_NX):  # type: ignore[no-untyped-def]
-    """Keys and values [N, K, L, H] of the blocks that lie in these rows, as their pages are: with scales [N, K, L]."""
-    _, num_slots, page_size, head_dim = keys.shape
-    # The barriers keep other arithmetic out of the gather, and wide rows make it a plain copy: with either left
-    # out XLA's CPU code for it is up to twice as slow.
-    rows_X = jax.lax.optimization_barrier(rows_NX.reshape(-1))
-    width = math.gcd(page_size * head_dim, 128)
-
-    def gather(cache: jax.Array, width: int) -> jax.Array:
-        size = math.prod(cache.shape[2:])
-        wide = (
-            cache.reshape(-1, size // width, width)
-            .at[rows_X]
-            .get(mode="promise_in_bounds", wrap_negative_indices=False)
-        )
-        return jax.lax.optimization_barrier(wide).reshape(
-            -1, num_slots, rows_NX.shape[-1] // num_slots * page_size, *cache.shape[3:]
-        )
-
-    def read(pages: Pages) -> Pages:
-        if isinstance(pages, QuantizedPages):
-            return QuantizedPages(gather(pages.numbers, width), gather(pages.scales, page_size))
-        return gather(pages, width)
-
-    return read(keys), read(values)
-
-
 def _start(q_NKXH: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Running maximum, sum and weighted values of a softmax that has seen nothing."""
     rows = (*q_NKXH.shape[:-1], 1)
@@ -387,8 +359,8 @@ def _update(carry, q_NKXH, k_NKLH, v_NKLH, seen, *, scale, softcap):  # type: ig
 
     Scales of keys and values go into scores and weights: those are fewer than the numbers.
     """
-    k_NKLH, k_scales = _numbers(k_NKLH, q_NKXH.dtype)
-    v_NKLH, v_scales = _numbers(v_NKLH, q_NKXH.dtype)
+    k_NKLH, k_scales = kv_cache.factors(k_NKLH, q_NKXH.dtype)
+    v_NKLH, v_scales = kv_cache.factors(v_NKLH, q_NKXH.dtype)
     scores = jnp.einsum("nkxh,nklh->nkxl", q_NKXH, k_NKLH, preferred_element_type=jnp.float32) * (scale * k_scales)
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
@@ -403,13 +375,6 @@ def _update(carry, q_NKXH, k_NKLH, v_NKLH, seen, *, scale, softcap):  # type: ig
         return new_maximum, total, values
     decay = jnp.exp(maximum - new_maximum)
     return new_maximum, carry[1] * decay + total, carry[2] * decay + values
-
-
-def _numbers(block_NKLH: Pages, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array | float]:
-    """What products take of a block, in their dtype, and what is left to multiply: [N, K, 1, L], or 1."""
-    if isinstance(block_NKLH, QuantizedPages):
-        return kv_cache.floats(block_NKLH.numbers, dtype), block_NKLH.scales[:, :, None]
-    return block_NKLH, 1.0
 
 
 def _finish(carry: tuple[jax.Array, jax.Array, jax.Array], dtype: jnp.dtype) -> jax.Array:

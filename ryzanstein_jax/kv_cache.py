@@ -1,4 +1,4 @@
-"""The paged KV cache on the devices: shape, sharding, write.
+"""The paged KV cache on the devices: shape, sharding, write, read.
 
 Keys and values of each layer lie in pages, [pages, kv_slots, page, head_dim], sharded by KV slot. Page 0 is scratch:
 padding writes there and nobody reads it. In fewer bits (`kv_cache_dtype`) the key or value of a token in a slot has one
@@ -8,6 +8,7 @@ can see a sequence's history without a second account of it anywhere.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -37,6 +38,10 @@ class QuantizedPages(NamedTuple):
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(self.numbers.shape)
+
+    @property
+    def dtype(self) -> Any:
+        return self.numbers.dtype
 
 
 #: Keys or values of a layer.
@@ -126,3 +131,37 @@ def floats(numbers: jax.Array, dtype: jnp.dtype) -> jax.Array:
     bits = jax.lax.bitcast_convert_type(numbers, jnp.uint8).astype(jnp.uint16)
     half = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
     return jax.lax.bitcast_convert_type(half, jnp.float16).astype(dtype) * jnp.asarray(256, dtype)
+
+
+def factors(block_NKLH: Pages, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array | float]:
+    """What products take of a block, in their dtype, and what is left to multiply: [N, K, 1, L], or 1."""
+    if isinstance(block_NKLH, QuantizedPages):
+        return floats(block_NKLH.numbers, dtype), block_NKLH.scales[:, :, None]
+    return block_NKLH, 1.0
+
+
+def read_blocks(keys: Pages, values: Pages, rows_NX: jax.Array) -> tuple[Pages, Pages]:
+    """Keys and values [N, K, L, H] of the blocks that lie in these rows, as their pages are: with scales [N, K, L]."""
+    _, num_slots, page_size, head_dim = keys.shape
+    # The barriers keep other arithmetic out of the gather, and wide rows make it a plain copy: with either left
+    # out XLA's CPU code for it is up to twice as slow.
+    rows_X = jax.lax.optimization_barrier(rows_NX.reshape(-1))
+    width = math.gcd(page_size * head_dim, 128)
+
+    def gather(cache: jax.Array, width: int) -> jax.Array:
+        size = math.prod(cache.shape[2:])
+        wide = (
+            cache.reshape(-1, size // width, width)
+            .at[rows_X]
+            .get(mode="promise_in_bounds", wrap_negative_indices=False)
+        )
+        return jax.lax.optimization_barrier(wide).reshape(
+            -1, num_slots, rows_NX.shape[-1] // num_slots * page_size, *cache.shape[3:]
+        )
+
+    def read(pages: Pages) -> Pages:
+        if isinstance(pages, QuantizedPages):
+            return QuantizedPages(gather(pages.numbers, width), gather(pages.scales, page_size))
+        return gather(pages, width)
+
+    return read(keys), read(values)
