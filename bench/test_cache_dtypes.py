@@ -27,7 +27,7 @@ _SMOKE_WORKLOADS = {"batch": (2, 8, 16, 8)}
 def test_cache_dtypes(bench: Bench, request: pytest.FixtureRequest) -> None:
     """Three engines, alike but for their caches."""
     smoke = request.config.getoption("--smoke")
-    longest = 64 if smoke else 4096  # else no cache could be as large
+    longest = 64 if smoke else 4096  # or all sequences could not fill the larger caches
     with ExitStack() as stack:
         sides = []
         for name in KV_CACHE_DTYPES:
