@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from ryzanstein_jax import kv_cache, native
-from ryzanstein_jax.kv_cache import Pages
+from ryzanstein_jax.kv_cache import Pages, QuantizedPages
 
 #: Queries in a tile of a prompt chunk, and positions of a block of pages; chosen by measurement on CPUs.
 TILE = 32
@@ -180,7 +180,7 @@ def has_kernel(head_dim: int) -> bool:
 def native_kernel(q_TKQH, keys, *, scale, window, softcap):  # type: ignore[no-untyped-def]
     """The `native.attention.Attention` that computes it: where the mesh in use is of CPUs, and sizes fit; else None."""
     lanes = native.lanes()
-    if not lanes or q_TKQH.dtype != keys.dtype:
+    if not lanes:
         return None
     from ryzanstein_jax.native.attention import Attention
 
@@ -189,7 +189,8 @@ def native_kernel(q_TKQH, keys, *, scale, window, softcap):  # type: ignore[no-u
         queries=q_TKQH.shape[2],
         page_size=keys.shape[2],
         tile=TILE,
-        dtype=str(keys.dtype),
+        dtype=str(q_TKQH.dtype),
+        pages=str(keys.dtype),
         scale=scale,
         window=window,
         softcap=softcap,
@@ -199,9 +200,13 @@ def native_kernel(q_TKQH, keys, *, scale, window, softcap):  # type: ignore[no-u
 
 def attend_by_native(kernel, q_TKQH, keys, values, plan):  # type: ignore[no-untyped-def]
     """As `attend_by_loops`, by a kernel from `native_kernel`."""
+    scales = ()
+    if isinstance(keys, QuantizedPages):
+        (keys, *key_scales), (values, *value_scales) = keys, values
+        scales = (*key_scales, *value_scales)
     return jax.ffi.ffi_call(native.register(kernel), jax.ShapeDtypeStruct(q_TKQH.shape, q_TKQH.dtype))(
         q_TKQH, keys, values, plan.decode_tables, plan.decode_lens, plan.prefill_tables,
-        plan.tile_starts, plan.tile_seqs, plan.tile_positions, plan.tile_lens,
+        plan.tile_starts, plan.tile_seqs, plan.tile_positions, plan.tile_lens, *scales,
     )  # fmt: skip
 
 

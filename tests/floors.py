@@ -31,6 +31,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "native",
         "native.emit",
         "native.xla",
+        "native.attention_parts",
+        "native.prompt_attention",
         "native.attention",
         "native.products",
         "native.packed",

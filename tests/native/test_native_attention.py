@@ -12,6 +12,7 @@ import pytest
 from ryzanstein_jax import native
 from ryzanstein_jax.attention import TILE, attend, attend_by_native, native_kernel
 from ryzanstein_jax.batch import Bucket, attention_plan
+from ryzanstein_jax.kv_cache import QuantizedPages, quantize
 from ryzanstein_jax.native import KERNELS_VARIABLE
 from ryzanstein_jax.native.attention import Attention
 from ryzanstein_jax.sharding import make_mesh
@@ -48,7 +49,9 @@ def jitted(kernel: Attention, layout):
 
 def by_kernel(step: Ragged, *, page_size=16, window=None, softcap=None, lanes=WIDEST):
     queries, head_dim = step.q.shape[2:]
-    kernel = Attention(head_dim, queries, page_size, TILE, str(step.q.dtype), head_dim**-0.5, window, softcap)
+    kernel = Attention(
+        head_dim, queries, page_size, TILE, str(step.q.dtype), str(step.keys.dtype), head_dim**-0.5, window, softcap
+    )
     with on(lanes), quick_compiles():
         return np.asarray(jitted(kernel, step.layout)(step.flat, step.q, step.keys, step.values), np.float32)
 
@@ -76,6 +79,34 @@ def test_scores_of_any_size():
         step.q = step.q / np.float32(step.q.std()) * np.float32(factor)
         for place, rows in zip(step.places, step.wanted(scale=64**-0.5), strict=True):
             np.testing.assert_allclose(by_kernel(step)[place], rows, rtol=0, atol=2e-5 + 1e-6 * factor)
+
+
+@pytest.mark.parametrize("lanes", PROCESSORS)
+@pytest.mark.parametrize(("window", "softcap", "dtype"), [(None, None, "float32"), (50, 30.0, "bfloat16")])
+def test_pages_in_8_bits(lanes, window, softcap, dtype):
+    step = Ragged(DECODES, CHUNKS, slots=2, queries=3, head_dim=64, stale=0.0, dtype=jnp.dtype(dtype), bucket=BUCKET)
+    quantized = [QuantizedPages(*quantize_pages(x)) for x in (step.keys, step.values)]
+    # What lies behind the last position of a sequence counts nothing there, whatever its scale.
+    for pages in quantized:
+        pages.scales[~np.asarray(pages.numbers).any(axis=-1)] = np.nan
+    kernel = Attention(64, 3, 16, TILE, dtype, "int8", 0.125, window, softcap)
+
+    def run(flat, q, keys, values):
+        return attend_by_native(kernel, q, keys, values, attention_plan(step.layout.unpack(flat)))
+
+    with on(lanes), quick_compiles():
+        found = np.asarray(jax.jit(run)(step.flat, step.q, *quantized), np.float32)
+    # The same numbers in floats.
+    step.keys, step.values = (np.asarray(np.nan_to_num(x.numbers * x.scales[..., None]), np.float32) for x in quantized)
+    step.q = np.asarray(step.q, np.float32)
+    wanted = by_kernel(step, window=window, softcap=softcap, lanes=lanes)
+    np.testing.assert_allclose(found[step.real], wanted[step.real], rtol=0, atol=2e-5 if dtype == "float32" else 2e-2)
+
+
+def quantize_pages(pages):
+    """int8 numbers and scales of pages [P, K, page, H], vector by vector."""
+    numbers, scales = quantize(jnp.asarray(pages).reshape(-1, *pages.shape[2:]), jnp.int8)
+    return np.array(numbers.reshape(pages.shape)), np.array(scales.reshape(pages.shape[:-1]))
 
 
 @pytest.mark.parametrize("chunks", [[], CHUNKS[:1]])
@@ -129,7 +160,7 @@ def test_as_the_portable_path_on_a_mesh(monkeypatch, width, window, softcap):
 @pytest.mark.parametrize("lanes", PROCESSORS)
 def test_nothing_is_called_on_the_way(lanes):
     with on(lanes):
-        written = native.assembly(Attention(64, 3, 16, TILE, "bfloat16", 0.1, None, 30.0))
+        written = native.assembly(Attention(64, 3, 16, TILE, "bfloat16", "bfloat16", 0.1, None, 30.0))
     task = written[written.index("kernel.task") : written.index("kernel.loop:")]
     called = re.findall(r"\b_?(?:fma|exp2?|tanh|r?int|floor)f?\b", task)
     assert len(task) > 10_000 and not called, "there is an instruction for it, or it is written out"
@@ -141,9 +172,11 @@ def test_where_it_is_used(monkeypatch):
     found = functools.partial(native_kernel, **settings)
     assert found(q, pages) is None, "without a mesh nobody knows what will compute it"
     with jax.set_mesh(make_mesh(1)), on(WIDEST):
-        assert found(q, pages) == Attention(64, 3, 16, TILE, "float32", 0.1, None, None)
+        assert found(q, pages) == Attention(64, 3, 16, TILE, "float32", "float32", 0.1, None, None)
         assert found(q.update(dtype=jnp.bfloat16), pages) is None
         assert found(*(x.update(dtype=jnp.int8) for x in (q, pages))) is None
+        assert found(q, pages.update(dtype=jnp.float8_e4m3fn)) is None
+        assert found(q, pages.update(dtype=jnp.int8)).pages == "int8"
         assert found(q, pages.update(shape=(9, 2, 2, 64))) is None
         assert found(q.update(shape=(4, 2, 3, 66)), pages.update(shape=(9, 2, 16, 66))) is None
         assert found(q.update(shape=(4, 2, 200, 256)), pages.update(shape=(9, 2, 16, 256))) is None
@@ -154,7 +187,7 @@ def test_where_it_is_used(monkeypatch):
 @pytest.mark.parametrize("lanes", PROCESSORS)
 def test_blocks_are_whole_vectors_and_tasks_fit_their_stack(lanes):
     for head_dim in range(lanes, 1025, lanes):
-        kernel = Attention(head_dim, 4, 16, TILE, "float32", 1.0, None, None)
+        kernel = Attention(head_dim, 4, 16, TILE, "float32", "float32", 1.0, None, None)
         assert 2 * lanes <= kernel.span(lanes) <= 128 and kernel.span(lanes) % (2 * lanes) == 0
     for queries, head_dim, fits in ((16, 256, True), (32, 128, True), (71, 64, True), (64, 256, False)):
-        assert Attention(head_dim, queries, 16, TILE, "float32", 1.0, None, None).runs_with(lanes) == fits
+        assert Attention(head_dim, queries, 16, TILE, "float32", "float32", 1.0, None, None).runs_with(lanes) == fits
