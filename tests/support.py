@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ryzanstein_jax import attention, batch
+from ryzanstein_jax import attention, batch, native
 from ryzanstein_jax.batch import Bucket
 from ryzanstein_jax.checkpoint.assemble import load_params
 from ryzanstein_jax.checkpoint.files import open_source, resolve_model
@@ -42,6 +44,15 @@ def golden_expected(family: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     with np.load(GOLDEN / family / "expected.npz") as stored:
         tokens = np.concatenate([stored["prompt"], stored["generated"]])
         return tokens, np.concatenate([stored["logits"], stored["decode_logits"][1:]]), stored["prompt"]
+
+
+@contextmanager
+def kernels(setting: str) -> Iterator[None]:
+    """With `$RYZANSTEIN_KERNELS` set so; layers that were traced otherwise are traced again."""
+    jax.clear_caches()
+    with patch.dict(os.environ, {native.KERNELS_VARIABLE: setting}):
+        yield
+    jax.clear_caches()
 
 
 @contextmanager

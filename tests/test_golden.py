@@ -9,7 +9,6 @@ from ryzanstein_jax.batch import Bucket
 from ryzanstein_jax.config import EngineConfig
 from ryzanstein_jax.engine.engine import Engine
 from ryzanstein_jax.engine.runner import Runner
-from ryzanstein_jax.native import KERNELS_VARIABLE
 from ryzanstein_jax.request import PoolingParams, SamplingParams
 from ryzanstein_jax.step import StepPrograms
 from tests.native.processors import PROCESSORS, on
@@ -21,6 +20,7 @@ from tests.support import (
     Forward,
     golden_expected,
     golden_spec,
+    kernels,
     load,
     make_plan,
     make_programs,
@@ -69,15 +69,14 @@ def test_other_shardings_compute_the_same(family: str, width: int, sharding: str
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_family(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_family(family: str) -> None:
     """By XLA's operations alone, as on every machine without kernels of our own."""
-    monkeypatch.setenv(KERNELS_VARIABLE, "portable")
 
     def build(width: int) -> tuple[StepPrograms, Forward]:
         programs = programs_of(family, width)
         return programs, Forward(programs, load(programs, GOLDEN / family))
 
-    with small_blocks(8, 8):
+    with small_blocks(8, 8), kernels("portable"):
         with ThreadPoolExecutor(2) as pool:
             built = dict(zip(WIDTHS, pool.map(build, WIDTHS), strict=True))
         for _, forward in built.values():

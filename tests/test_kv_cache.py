@@ -201,8 +201,11 @@ def test_names():
 
 @pytest.mark.parametrize("command", ["generate", "chat", "serve", "batch", "plan"])
 def test_a_wrong_name_on_the_command_line_is_refused(command, tmp_path):
-    more = {"generate": ["-p", "x"], "batch": [str(tmp_path / "in"), "-o", str(tmp_path / "out")]}.get(command, [])
-    arguments = [command, str(GOLDEN / "smollm2"), *more, "--kv-cache-dtype", "int2"]
+    more = {
+        "generate": ["-p", "x"], "batch": [str(tmp_path / "in"), "-o", str(tmp_path / "out")],
+        "plan": ["--device", "h100"],
+    }  # fmt: skip
+    arguments = [command, str(GOLDEN / "smollm2"), *more.get(command, []), "--kv-cache-dtype", "int2"]
     refused = CliRunner().invoke(app, arguments).exception
     assert isinstance(refused, ConfigError) and refused.field == "kv_cache_dtype", refused
 

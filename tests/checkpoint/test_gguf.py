@@ -249,7 +249,8 @@ def test_the_default_model_loads(smollm2_path):
     name = "model.layers.29.self_attn.k_proj.weight"
     np.testing.assert_array_equal(kernel[2, -2], source.read(name, ((128, 192), (0, 576))))
     assert 0.01 < np.asarray(arrays["embedding.table"]).std() < 1
-    assert report.peak_host_bytes < 2 * report.bytes_on_devices
+    # The weights, the largest tensor in full, and what the C library keeps of memory that was freed before.
+    assert report.peak_host_bytes < 2.5 * report.bytes_on_devices
     assert jax.tree.leaves(arrays)[0].dtype == np.float32
 
 

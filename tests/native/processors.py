@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest.mock import patch
 
+import jax
+
 from ryzanstein_jax import native
 from ryzanstein_jax.native import Processor
 
@@ -27,12 +29,15 @@ PROCESSORS = processors()
 @contextmanager
 def on(lanes: int) -> Iterator[None]:
     """Kernels are registered inside for a processor with such vectors, beside those for others."""
+    # A layer that was traced for another processor would be taken as it is.
+    jax.clear_caches()
     with (
         patch.object(native, "processor", lambda: PROCESSORS[lanes]),
         patch.object(native, "_registered", _REGISTERED.setdefault(lanes, {})),
     ):
         yield
+    jax.clear_caches()
 
 
 #: XLA keeps what it was told once, so this is kept too.
-_REGISTERED: dict[int, dict] = {}
+_REGISTERED: dict[int, dict] = {native.processor().lanes: native._registered}

@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 
 from ryzanstein_jax import native
-from ryzanstein_jax.native import KERNELS_VARIABLE
 from ryzanstein_jax.native.attention import Attention
 from ryzanstein_jax.request import SamplingParams
-from tests.support import GOLDEN, open_engine, quick_compiles, serve, tokens_of
+from tests.support import GOLDEN, kernels, open_engine, quick_compiles, serve, tokens_of
 
 #: More than the step holds, so that prompts are cut and decode beside others; two begin alike.
 PROMPTS = {name: np.random.default_rng(seed).integers(0, 90, size) for seed, (name, size) in enumerate(
@@ -27,15 +26,14 @@ def model(tmp_path_factory):
     return folder
 
 
-def test_the_same_tokens_as_without(model, monkeypatch):
+def test_the_same_tokens_as_without(model):
     greedy = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
     requests = {name: (prompt.tolist(), greedy) for name, prompt in PROMPTS.items()}
     found = {}
-    for kernels in ("", "portable"):
-        monkeypatch.setenv(KERNELS_VARIABLE, kernels)
-        with quick_compiles():
+    for setting in ("", "portable"):
+        with kernels(setting), quick_compiles():
             engine, _ = open_engine(model, load_format="dummy", tensor_parallel_size=2, num_pages=64, max_model_len=128)
-            found[kernels] = tokens_of(serve(engine, requests))
+            found[setting] = tokens_of(serve(engine, requests))
         engine.close()
     used = {kernel.head_dim for kernel, _ in native.registered() if isinstance(kernel, Attention)}
     assert 32 in used or not native.processor().lanes
