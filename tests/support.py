@@ -12,6 +12,7 @@ from unittest.mock import patch
 import jax
 import jax.numpy as jnp
 import numpy as np
+import psutil
 
 from ryzanstein_jax import attention, batch, native
 from ryzanstein_jax.batch import Bucket
@@ -44,6 +45,14 @@ def golden_expected(family: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     with np.load(GOLDEN / family / "expected.npz") as stored:
         tokens = np.concatenate([stored["prompt"], stored["generated"]])
         return tokens, np.concatenate([stored["logits"], stored["decode_logits"][1:]]), stored["prompt"]
+
+
+def is_running(process: psutil.Process) -> bool:
+    """Not so a zombie: it holds nothing but its number, until the system's first process gets round to asking."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 @contextmanager
@@ -147,6 +156,15 @@ class Forward:
         assert self.bucket.holds(plan)
         logits, self.cache, _ = self.compiled(self.params, self.cache, self.layout.pack(plan), self.previous)
         return np.asarray(logits)[: len(plan.rows), : self.vocab_size]
+
+
+def golden_logits(programs: StepPrograms, family: str, chunks: Sequence[int] = (40,)) -> np.ndarray:
+    """Of the golden prompt, whose 40 tokens come in such chunks, and of the next token: float32 [41, V]."""
+    tokens, _, _ = golden_expected(family)
+    forward, pages = Forward(programs, load(programs, GOLDEN / family)), list(range(1, 15))
+    ends = np.cumsum(chunks)
+    plans = [make_plan([], [(tokens, pages, end - size, end)]) for end, size in zip(ends, chunks, strict=True)]
+    return np.concatenate([forward(plan) for plan in (*plans, make_plan([(tokens, pages, 40)]))])
 
 
 def open_engine(model: str | Path, **settings: Any) -> tuple[Engine, LocalExecutor]:

@@ -37,11 +37,9 @@ from tests.faults.harness import (
 from tests.server.model import tiny_model
 from tests.support import (
     GOLDEN,
-    Forward,
     golden_expected,
+    golden_logits,
     golden_spec,
-    load,
-    make_plan,
     make_programs,
     open_engine,
     quick_compiles,
@@ -101,15 +99,6 @@ def test_what_is_no_number_harms_its_own_vector_only():
     assert not kept[:, 2:].any() and np.isfinite(kept[1:]).all()
 
 
-def logits(programs, family):
-    """Of the golden prompt in two chunks, then of the next token alone."""
-    tokens, _, _ = golden_expected(family)
-    forward = Forward(programs, load(programs, GOLDEN / family))
-    pages = list(range(1, 15))
-    plans = [make_plan([], [(tokens, pages, 0, 24)]), make_plan([], [(tokens, pages, 24, 40)])]
-    return np.concatenate([forward(plan) for plan in (*plans, make_plan([(tokens, pages, 40)]))])
-
-
 def distance(got, wanted):
     """Of the median token: where two experts are nearly as good as each other, rounding may choose the other one."""
     return float(np.median(np.sqrt(np.mean((got - wanted) ** 2, axis=1) / np.mean(wanted**2, axis=1))))
@@ -125,7 +114,7 @@ def test_logits_are_close_to_those_of_a_float_cache_and_equal_at_every_width(fam
     spec = golden_spec(family)
     programs = [make_programs(spec, width, BUCKET, kv_cache_dtype=cache) for width in widths]
     with ThreadPoolExecutor(2) as pool:
-        found = list(pool.map(lambda one: logits(one, family), programs))
+        found = list(pool.map(lambda one: golden_logits(one, family, (24, 16)), programs))
     expected = golden_expected(family)[1][:41]
     assert 1e-4 < distance(found[0], expected) < most, "rounded, and not by much"
     for got in found[1:]:  # a head has its scales wherever it lies; sums in another order may round a number otherwise

@@ -21,11 +21,9 @@ from tests.support import (
     FAMILIES,
     GOLDEN,
     QUICK,
-    Forward,
     golden_expected,
+    golden_logits,
     golden_spec,
-    load,
-    make_plan,
     make_programs,
     open_engine,
     quick_compiles,
@@ -38,15 +36,6 @@ BUCKET = Bucket(decodes=1, prefill_tokens=40, prefills=1, rows=41)
 #: Root of the mean square of what a precision changes in a token's logits, over that of the logits. The golden models
 #: are random and narrow, so less averages out than in a trained model (docs/quantization.md has one).
 TOLERANCE = {"int8": 0.05, "int4": 0.5, "fp8": 0.15}
-
-
-def logits(programs, family):
-    """Of the golden prompt as one chunk, then of the next token alone."""
-    tokens, _, _ = golden_expected(family)
-    forward = Forward(programs, load(programs, GOLDEN / family))
-    pages = list(range(1, 15))
-    parts = [forward(make_plan([], [(tokens, pages, 0, 40)])), forward(make_plan([(tokens, pages, 40)]))]
-    return np.concatenate(parts)
 
 
 def distance(got, wanted):
@@ -67,7 +56,7 @@ def test_logits_are_close_to_those_of_float32_at_every_width(name, family, width
     spec = golden_spec(family).replace(quantization=QUANTIZATIONS[name])
     programs = [make_programs(spec, width, BUCKET) for width in widths]
     with ThreadPoolExecutor(2) as pool:
-        found = list(pool.map(lambda one: logits(one, family), programs))
+        found = list(pool.map(lambda one: golden_logits(one, family), programs))
     expected = golden_expected(family)[1][:41]
     for got in found:
         assert 1e-4 < distance(got, expected) < TOLERANCE[name], "quantized, and not by much"

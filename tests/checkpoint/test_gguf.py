@@ -1,5 +1,8 @@
 """GGUF: every supported quantization by slices, Hugging Face names and values, and settings."""
 
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
 import gguf
 import jax
 import ml_dtypes
@@ -73,7 +76,9 @@ def test_every_type_reads_by_slices(tmp_path, kind):
     rng = np.random.default_rng(0)
     try:
         data = gguf.quants.quantize(rng.standard_normal((6, 512)).astype(np.float32), kind)
-    except NotImplementedError:  # random bytes are as good: any block decodes
+    except NotImplementedError:
+        # The gguf library reads every kind but cannot write the K-quants, and says so with this. Random bytes are as
+        # good: any block decodes.
         size, width = gguf.GGML_QUANT_SIZES[kind]
         data = rng.integers(0, 120, (6, 512 // size * width), np.uint8)
     path = write(tmp_path / "x.gguf", "llama", {"token_embd.weight": (data, kind)})
@@ -231,10 +236,9 @@ def test_hostile_counts_end_at_once(tmp_path):
         GgufSource(path)
 
 
-def test_the_default_model_loads(smollm2_path):
-    source = GgufSource(smollm2_path)
-    config = hf_config(source)
-    assert (config["num_hidden_layers"], config["num_key_value_heads"], config["vocab_size"]) == (30, 3, 49152)
+def load_last_layer(path):
+    """Of the default model, with its embedding: the source, the arrays and what loading cost."""
+    source = GgufSource(path)
     spec = BASE.replace(
         vocab_size=49152, hidden_size=576, num_heads=9, num_kv_heads=3, head_dim=64, intermediate_size=1536,
         layers=(BASE.layers[0],) * 30,
@@ -244,14 +248,30 @@ def test_the_default_model_loads(smollm2_path):
     kept = {name for name in source.names() if ".29." in name or "norm" in name.split(".")[1]}
     source._infos = {name: source._infos[name] for name in kept | {"model.embed_tokens.weight"}}
     few["embedding.table"] = params["embedding.table"]
-    arrays, report = load_params(source, spec, sizes, few, mesh)
+    return source, *load_params(source, spec, sizes, few, mesh)
+
+
+def report_of_last_layer(path):
+    return load_last_layer(path)[2]
+
+
+def test_the_default_model_loads(smollm2_path):
+    config = hf_config(GgufSource(smollm2_path))
+    assert (config["num_hidden_layers"], config["num_key_value_heads"], config["vocab_size"]) == (30, 3, 49152)
+    source, arrays, _ = load_last_layer(smollm2_path)
     kernel = np.asarray(arrays["layers.29.attention.qkv.kernel"])
     name = "model.layers.29.self_attn.k_proj.weight"
     np.testing.assert_array_equal(kernel[2, -2], source.read(name, ((128, 192), (0, 576))))
     assert 0.01 < np.asarray(arrays["embedding.table"]).std() < 1
-    # The weights, the largest tensor in full, and what the C library keeps of memory that was freed before.
-    assert report.peak_host_bytes < 2.5 * report.bytes_on_devices
     assert jax.tree.leaves(arrays)[0].dtype == np.float32
+
+
+def test_loading_holds_little_more_than_the_weights(smollm2_path):
+    """In a process of its own: what other tests still hold, or give back meanwhile, counts as well."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        report = process.submit(report_of_last_layer, smollm2_path).result()
+    # The devices are CPUs: their arrays count.
+    assert report.bytes_on_devices < report.peak_host_bytes < 2 * report.bytes_on_devices
 
 
 def test_bfloat16_stays_bfloat16(tmp_path):

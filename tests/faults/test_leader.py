@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ import psutil
 import pytest
 
 from tests.faults.harness import MODEL, SETTINGS
+from tests.support import is_running
 
 
 @pytest.mark.parametrize("stopped", [False, True], ids=["all run", "a rank is stopped"])
@@ -25,16 +25,15 @@ def test_no_worker_survives_the_leader(stopped: bool, tmp_path: Path) -> None:
     try:
         assert leader.stdout is not None
         line = leader.stdout.readline()
-        pids = json.loads(line)
-        assert len(pids) == 5, "an agent, two ranks that serve and two that stand by"
+        processes = [psutil.Process(pid) for pid in json.loads(line)]
+        assert len(processes) == 5, "an agent, two ranks that serve and two that stand by"
         if stopped:
-            ranks = [pid for pid in pids if psutil.Process(pid).ppid() != leader.pid]
-            os.kill(ranks[0], signal.SIGSTOP)
+            next(process for process in processes if process.ppid() != leader.pid).suspend()
         leader.kill()
         deadline = time.monotonic() + 2.0
-        while any(psutil.pid_exists(pid) for pid in pids) and time.monotonic() < deadline:
+        while any(map(is_running, processes)) and time.monotonic() < deadline:
             time.sleep(0.02)
-        assert not [pid for pid in pids if psutil.pid_exists(pid)]
+        assert not [process for process in processes if is_running(process)]
     finally:
         leader.kill()
         leader.wait()

@@ -16,7 +16,7 @@ from ryzanstein_jax import LLM, SamplingParams
 from ryzanstein_jax.errors import ProcessGroupError
 from tests.faults.harness import nothing_left_behind
 from tests.orchestrator.remote import SECRET, Machines, machines, ranks_of, until
-from tests.support import GOLDEN
+from tests.support import GOLDEN, is_running
 
 SETTINGS: dict[str, Any] = dict(
     tensor_parallel_size=2, max_num_seqs=4, max_num_batched_tokens=32, max_model_len=64, progress=False
@@ -125,7 +125,7 @@ def test_a_machine_that_dies_is_done_without_until_it_is_back(
     (rank,) = ranks_of(made.agents["b"])
     assert run(llm, made.agents["b"].kill) == expected
     made.agents["b"].wait(20)
-    until(lambda: not rank.is_running() or rank.status() == psutil.STATUS_ZOMBIE)
+    until(lambda: not is_running(rank))
     status = llm.orchestrator.status()
     assert (status["state"], status["width"], status["slots"]) == ("degraded", 1, [0])
     assert run(llm) == expected

@@ -10,6 +10,7 @@ import psutil
 
 from tests.server.serving import FakeBackend, serving, wait_until
 from tests.server.test_serve import NUM_CLIENTS, NUM_TOKENS, run_clients, started
+from tests.support import is_running
 
 #: As `tests/faults/test_replica_faults.py` has them, so that the programs are the same.
 SETTINGS = ("--max-model-len", "64", "--max-num-seqs", "4", "--max-num-batched-tokens", "16")
@@ -56,7 +57,7 @@ def test_clients_of_a_killed_replica_notice_nothing_and_a_drain_is_for_all(tiny:
 
         assert run_clients(process, end, after=NUM_CLIENTS * NUM_TOKENS // 2) == undisturbed
         assert process.wait() == 0
-        assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+        assert not [child for child in children if is_running(child)]
 
 
 class Two(FakeBackend):
