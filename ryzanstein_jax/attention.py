@@ -171,10 +171,8 @@ def attend_by_loops(q_TKQH, keys, values, plan, *, scale, window, softcap):  # t
 
 def has_kernel(head_dim: int) -> bool:
     """Whether `paged_attention` computes it: the mesh in use is of NVIDIA GPUs, and heads have a size that it knows."""
-    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    if device is None or not device.device_kind.startswith("NVIDIA"):
-        return False
-    return head_dim in KERNEL_HEADS and native.wanted()
+    on_nvidia = getattr(native.mesh_device(), "device_kind", "").startswith("NVIDIA")
+    return on_nvidia and head_dim in KERNEL_HEADS and native.wanted()
 
 
 def native_kernel(q_TKQH, keys, *, scale, window, softcap):  # type: ignore[no-untyped-def]

@@ -160,6 +160,11 @@ def _row_product(x: jax.Array, kernel: jax.Array, sharded: str | None = None) ->
     return product(x.reshape(x.shape[0], -1), kernel.reshape(kernel.shape[0], -1), sharded=sharded)
 
 
+def _is_sharded() -> bool:
+    """Whether several devices share the work."""
+    return bool(jax.sharding.get_abstract_mesh().size > 1)
+
+
 def replicate(x: jax.Array) -> jax.Array:
     """Asks for `x` whole on each device: after a row-parallel product this is its all-reduce or all-gather."""
     if jax.sharding.get_abstract_mesh().empty:
@@ -192,7 +197,7 @@ def _summed_over_shards(
         scatter: each device gets its part of the sum only, cut along the first dimension, by one reduce-scatter.
     """
     arrays = [array for array, _ in arguments]
-    if jax.sharding.get_abstract_mesh().empty:
+    if not _is_sharded():
         return function(*arrays)
     specs = tuple(PartitionSpec() if dim is None else PartitionSpec(*[None] * dim, "tp") for _, dim in arguments)
 
@@ -226,7 +231,7 @@ class VocabParallelEmbedding(nnx.Module):
 
     def _rows(self, tokens_T: jax.Array, table_VD: jax.Array, scale_V: jax.Array | None = None) -> jax.Array:
         """The rows of these tokens that this device's part of the table holds, and zeros for the others."""
-        if not jax.sharding.get_abstract_mesh().empty:
+        if _is_sharded():
             tokens_T = tokens_T - jax.lax.axis_index("tp") * table_VD.shape[0]
         held_T = (tokens_T >= 0) & (tokens_T < table_VD.shape[0])
         rows_TD = jnp.take(table_VD, tokens_T, axis=0, mode="clip")

@@ -72,15 +72,14 @@ def wanted() -> bool:
     return os.environ.get(KERNELS_VARIABLE) != "portable"
 
 
-def mesh_platform() -> str:
-    """Of the mesh in use: "cpu", "cuda" and so on; empty where none is."""
-    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    return "" if device is None else str(device.platform)
+def mesh_device() -> Any:
+    """A device of the mesh in use, as far as compilers know it: `platform` and `device_kind`; None where none is."""
+    return getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
 
 
 def lanes() -> int:
     """float32 numbers in a vector of this processor; 0 where these kernels cannot or shall not be used on the mesh."""
-    return processor().lanes if mesh_platform() == "cpu" and available() else 0
+    return processor().lanes if getattr(mesh_device(), "platform", "") == "cpu" and available() else 0
 
 
 def multiplies_pairs() -> bool:

@@ -86,9 +86,10 @@ class Attention:
 
 
 def _count(code: Code, buffers: Buffers) -> Any:
-    tiles = code.calc(buffers.dim(STARTS, 0), "+", buffers.dim(DECODE_LENS, 0))
-    # One more clears what belongs to no tile.
-    return code.calc(tiles, "*", buffers.dim(KEYS, 1), "+", 1)
+    decodes = buffers.dim(DECODE_LENS, 0)
+    tasks = code.calc(code.calc(buffers.dim(STARTS, 0), "+", decodes), "*", buffers.dim(KEYS, 1))
+    # Where there are prompts, one more clears what belongs to no tile.
+    return code.calc(tasks, "+", code.least(code.calc(buffers.dim(Q, 0), "-", decodes), 1))
 
 
 class _Task(Task):

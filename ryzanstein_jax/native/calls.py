@@ -5,6 +5,7 @@ Array names end in their dims: T tokens, I inputs, O outputs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -53,36 +54,37 @@ def _per_lane(dtype: str) -> int:
 
 def sharded_product(x_TI: jax.Array, kernel_OI: jax.Array, dtype: Any, sharded: str | None) -> jax.Array | None:
     """x W^T, of operands that lie as `model.layers.product` says; None where it is XLA's."""
-    mesh = jax.sharding.get_abstract_mesh()
     if x_TI.dtype != kernel_OI.dtype:
         return None
-    run = partial(product, dtype=dtype)
-    if mesh.empty or mesh.size == 1 or mesh.manual_axes:
-        return run(x_TI, kernel_OI) if takes(x_TI.shape[0], kernel_OI.shape, kernel_OI.dtype) else None
-    specs = _SPECS[sharded]
-    if not takes(x_TI.shape[0], _part(kernel_OI.shape, specs[1], mesh.size), kernel_OI.dtype):
-        return None
-
-    def part(x_TI: jax.Array, kernel_OI: jax.Array) -> jax.Array:
-        found = run(x_TI, kernel_OI)
-        return jax.lax.psum(found, "tp") if sharded == "inputs" else found
-
-    return jax.shard_map(part, in_specs=specs[:2], out_specs=specs[2], check_vma=False)(x_TI, kernel_OI)
+    return _by_parts(partial(product, dtype=dtype), x_TI.shape[0], sharded, x_TI, kernel_OI)
 
 
 def sharded_integer_product(
     x_TI: jax.Array, kernel_OI: jax.Array, scale_O: jax.Array, digits: int, finer: float, sharded: str | None
 ) -> jax.Array | None:
     """As `model.int8.product`; None where it is XLA's."""
+    compute = partial(integer_product, digits=digits, finer=finer)
+    return _by_parts(compute, digits * x_TI.shape[0], sharded, x_TI, kernel_OI, scale_O)
+
+
+def _by_parts(
+    compute: Callable[..., jax.Array], rows: int, sharded: str | None, x_TI: jax.Array, kernel_OI: jax.Array,
+    *scales_O: jax.Array,
+) -> jax.Array | None:  # fmt: skip
+    """`compute` of these operands, on each device of what it holds of them; None where kernels do not take that."""
     mesh = jax.sharding.get_abstract_mesh()
-    run, rows = partial(integer_product, digits=digits, finer=finer), digits * x_TI.shape[0]
-    if mesh.empty or mesh.size == 1 or mesh.manual_axes:
-        return run(x_TI, kernel_OI, scale_O) if takes(rows, kernel_OI.shape, kernel_OI.dtype) else None
+    if mesh.size <= 1 or mesh.manual_axes:
+        return compute(x_TI, kernel_OI, *scales_O) if takes(rows, kernel_OI.shape, kernel_OI.dtype) else None
     x_spec, kernel_spec, result_spec = _SPECS[sharded]
     if not takes(rows, _part(kernel_OI.shape, kernel_spec, mesh.size), kernel_OI.dtype):
         return None
-    specs = x_spec, kernel_spec, PartitionSpec(*kernel_spec[:1])
-    return jax.shard_map(run, in_specs=specs, out_specs=result_spec, check_vma=False)(x_TI, kernel_OI, scale_O)
+
+    def part(*operands: jax.Array) -> jax.Array:
+        found = compute(*operands)
+        return jax.lax.psum(found, "tp") if sharded == "inputs" else found
+
+    specs = x_spec, kernel_spec, *(PartitionSpec(*kernel_spec[:1]) for _ in scales_O)
+    return jax.shard_map(part, in_specs=specs, out_specs=result_spec, check_vma=False)(x_TI, kernel_OI, *scales_O)
 
 
 def _part(shape: tuple[int, ...], spec: PartitionSpec, size: int) -> tuple[int, ...]:

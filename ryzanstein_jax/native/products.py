@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from llvmlite import ir
 
@@ -52,8 +51,37 @@ class Shape:
         return cls(rows, columns, max(columns, math.gcd(outputs, 128 if outputs >= 1024 else 64)))
 
 
+class _TiledProduct(ABC):
+    """What the kernels of products have in common; operands 0 and 1 are the rows and the weights."""
+
+    shape: Shape
+    #: How many operands there are.
+    operands: ClassVar[int]
+
+    @abstractmethod
+    def tile(self, code: Code, buffers: Buffers) -> _Tile:
+        """Writes the code of a tile."""
+
+    def add_to(self, module: ir.Module, name: str, lanes: int) -> None:
+        add_handler(module, name, lanes, self.operands, 1, self._tasks, self._write)
+
+    def _tasks(self, code: Code, buffers: Buffers) -> Any:
+        return code.calc(buffers.dim(_W, 0), "+", self.shape.block - 1, "/", self.shape.block)
+
+    def _write(self, code: Code, buffers: Buffers, task: Any) -> None:
+        tile, shape = self.tile(code, buffers), self.shape
+        first = code.calc(task, "*", shape.block)
+        end = code.least(code.calc(first, "+", shape.block), tile.outputs)
+        whole = code.calc(tile.tokens, "/", shape.rows, "*", shape.rows)
+        with code.loop(first, end, shape.columns) as column:
+            with code.loop(0, whole, shape.rows) as row:
+                tile.write(row, shape.rows, column)
+            with code.loop(whole, tile.tokens) as row:
+                tile.write(row, 1, column)
+
+
 @dataclass(frozen=True)
-class Product:
+class Product(_TiledProduct):
     """x W^T of float32 or bfloat16: operands x [T, I] and W [O, I], result [T, O].
 
     Attributes:
@@ -68,20 +96,19 @@ class Product:
     shape: Shape
     paired: bool
 
+    operands = 2
+
     @property
     def unit(self) -> int:
         """How many lanes of float32 a step along the inputs takes."""
         return 2 if self.paired else 1
 
-    def add_to(self, module: ir.Module, name: str, lanes: int) -> None:
-        def task(code: Code, buffers: Buffers, number: Any) -> None:
-            _write(_FloatTile(self, code, buffers), code, number)
-
-        add_handler(module, name, lanes, 2, 1, _tasks(self.shape), task)
+    def tile(self, code: Code, buffers: Buffers) -> _Tile:
+        return _FloatTile(self, code, buffers)
 
 
 @dataclass(frozen=True)
-class IntegerProduct:
+class IntegerProduct(_TiledProduct):
     """The product of int8 of `model.int8`, with its scales.
 
     Operands: digits int8 [digits * T, I], kernel int8 [O, I], and float32: what each token's first digit counts [T],
@@ -97,15 +124,13 @@ class IntegerProduct:
     finer: float
     shape: Shape
 
+    operands = 5
     result = "float32"
     #: A lane adds up four products of bytes at a time.
     unit = 4
 
-    def add_to(self, module: ir.Module, name: str, lanes: int) -> None:
-        def task(code: Code, buffers: Buffers, number: Any) -> None:
-            _write(_IntegerTile(self, code, buffers), code, number)
-
-        add_handler(module, name, lanes, 5, 1, _tasks(self.shape), task)
+    def tile(self, code: Code, buffers: Buffers) -> _Tile:
+        return _IntegerTile(self, code, buffers)
 
 
 @dataclass(frozen=True)
@@ -149,22 +174,6 @@ class Quantize:
         for number, total in enumerate(totals):
             place = code.calc(token, "+", code.calc(tokens, "*", number))
             code.store(code.sum_of(code.load(total)), code.at(sums, place))
-
-
-def _tasks(shape: Shape) -> Callable[[Code, Buffers], Any]:
-    return lambda code, buffers: code.calc(buffers.dim(_W, 0), "+", shape.block - 1, "/", shape.block)
-
-
-def _write(tile: _Tile, code: Code, task: Any) -> None:
-    shape = tile.kernel.shape
-    first = code.calc(task, "*", shape.block)
-    end = code.least(code.calc(first, "+", shape.block), tile.outputs)
-    whole = code.calc(tile.tokens, "/", shape.rows, "*", shape.rows)
-    with code.loop(first, end, shape.columns) as column:
-        with code.loop(0, whole, shape.rows) as row:
-            tile.write(row, shape.rows, column)
-        with code.loop(whole, tile.tokens) as row:
-            tile.write(row, 1, column)
 
 
 class _Tile(ABC):
