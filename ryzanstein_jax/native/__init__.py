@@ -106,9 +106,10 @@ def versions() -> tuple[object, ...]:
     return (llvmlite.__version__, *processor())
 
 
-def registered() -> tuple[tuple[Kernel, bytes], ...]:
-    """All that XLA knows in this process, and the machine code of each."""
-    return tuple((kernel, found.machine_code) for kernel, found in tuple(_registered.items()))
+def called_by(text: str) -> tuple[tuple[Kernel, bytes], ...]:
+    """The kernels that a program calls, and the machine code of each; `text` is the program as XLA prints it."""
+    known = tuple(_registered.items())
+    return tuple((kernel, found.machine_code) for kernel, found in known if found.name in text)
 
 
 def register_all(kernels: Iterable[tuple[Kernel, bytes]]) -> None:

@@ -35,7 +35,7 @@ def test_the_same_tokens_as_without(model):
             engine, _ = open_engine(model, load_format="dummy", tensor_parallel_size=2, num_pages=64, max_model_len=128)
             found[setting] = tokens_of(serve(engine, requests))
         engine.close()
-    used = {kernel.head_dim for kernel, _ in native.registered() if isinstance(kernel, Attention)}
+    used = {kernel.head_dim for kernel in native._registered if isinstance(kernel, Attention)}
     assert 32 in used or not native.processor().lanes
     assert found[""] == found["portable"]
     assert len({tuple(tokens[0]) for tokens in found[""].values()}) > 3
