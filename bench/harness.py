@@ -17,6 +17,7 @@ from rich.table import Table
 
 from bench.machine import commit, describe_machine, num_cores, other_cpu_seconds
 from bench.protocol import Worker
+from ryzanstein_jax import native
 
 Figures = dict[str, float]
 OURS, THEIRS = "ryzanstein_jax", "transformers"
@@ -195,6 +196,7 @@ class Bench:
         content = {
             **self.settings,
             "their_dtype": self.their_dtype,
+            "cpu_kernels": native.available(),
             **content,
             "machine": describe_machine(),
             "commit": self.commit,
@@ -205,6 +207,7 @@ class Bench:
         self.tables.append(table)
 
     def file_name(self, name: str) -> str:
-        """What the files of a result are called, without their ending: by its precision too, unless that is float32."""
+        """What the files of a result are called, without their ending: by what is not the default, too."""
         precision = self.settings.get("quantization") or self.settings["dtype"]
-        return name if precision == "float32" else f"{name}-{precision}"
+        parts = [name, *([] if precision == "float32" else [precision])]
+        return "-".join(parts if native.available() else [*parts, "portable"])
