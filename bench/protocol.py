@@ -22,12 +22,15 @@ class WorkerError(Exception):
 
 
 class Worker:
-    """A process that runs one engine, the `module` under the interpreter `python`, and answers one call at a time."""
+    """A process that runs one engine, the `module` under the interpreter `python`, and answers one call at a time.
 
-    def __init__(self, python: str, module: str):
+    `variables` are put into its environment.
+    """
+
+    def __init__(self, python: str, module: str, variables: Mapping[str, str] | None = None):
         # Neither side may reach for a network, nor see the many devices that the tests ask JAX for.
         environment = {name: value for name, value in os.environ.items() if name != "JAX_NUM_CPU_DEVICES"}
-        environment |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        environment |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", **(variables or {})}
         self._name = module
         self._process = subprocess.Popen(
             [python, "-m", module], cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

@@ -15,7 +15,7 @@ MODEL = ROOT / "tests" / "golden" / "llama"
 
 sys.path.insert(0, str(ROOT))  # the benchmarks are no part of the installed package
 
-from bench import test_cache_dtypes, test_start  # noqa: E402
+from bench import test_cache_dtypes, test_kernels, test_start  # noqa: E402
 from bench.export import export_hf_folder  # noqa: E402
 from bench.harness import OURS, SMOKE, THEIRS, Bench, Side, WrongResult, times_better  # noqa: E402
 from bench.machine import read_bandwidth  # noqa: E402
@@ -68,7 +68,7 @@ def run_pair(bench: Bench, **other: object) -> tuple[dict, list[FakeWorker]]:
         sides, lambda run: [[run, run + 1], [run + 2]], 4, lambda reply: {"seconds": reply["seconds"]}
     )
     bench.record("pair", sides, results)
-    return json.loads((bench.folder / "pair.json").read_text()), workers
+    return json.loads((bench.folder / f"{bench.file_name('pair')}.json").read_text()), workers
 
 
 def test_sides_take_turns_on_equal_prompts_that_change(tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_start_measures_both_sides(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(test_start, "Worker", lambda python, module: FakeWorker())
     bench = make_bench(tmp_path)
     test_start.test_start(bench, tmp_path)
-    result = json.loads((bench.folder / "start.json").read_text())
+    result = json.loads((bench.folder / f"{bench.file_name('start')}.json").read_text())
     assert result["figures"][THEIRS]["peak_memory_gb"] == 5.0
     assert set(result["ratio"]) == {"cold_seconds", "warm_seconds", "peak_memory_gb"}
 
@@ -112,13 +112,38 @@ def test_caches_take_turns_and_are_compared_with_the_first(tmp_path: Path) -> No
     sides = [Side(name, worker, worker.describe()) for name, worker in zip(("auto", "int8"), workers, strict=True)]  # type: ignore[arg-type]
     bench = make_bench(tmp_path)
     test_cache_dtypes.compare(bench, sides, {"batch": (3, 4, 8, 6)})
-    result = json.loads((bench.folder / "cache_dtypes.json").read_text())
+    result = json.loads((bench.folder / f"{bench.file_name('cache_dtypes')}.json").read_text())
     assert result["figures"]["auto"]["batch"] == {"tokens_per_s": 9.0, "ratio": 1.0}
     assert result["figures"]["int8"] == {
         "kv_bytes_per_token": 8.0, "num_pages": 3, "cache_tokens": 32, "batch": {"tokens_per_s": 18.0, "ratio": 2.0},
     }  # fmt: skip
     assert workers[0].seen == workers[1].seen and [len(p) for p in workers[0].seen[0]] == [4, 6, 8]
     assert len(result["runs"]["batch"]["int8"]) == 2 and workers[0].seen[1] != workers[0].seen[2]
+
+
+def test_kernels_are_compared_by_kinds_of_steps(tmp_path: Path) -> None:
+    class Timed(FakeWorker):
+        """As long as a prompt takes 1 ms a token and a decode step `pace` ms, whatever its rows."""
+
+        def __init__(self, pace: float):
+            super().__init__()
+            self.pace = pace
+
+        def generate(self, prompts: list[list[int]], max_tokens: int) -> dict:
+            self.seconds = (sum(map(len, prompts)) + self.pace * (max_tokens - 1)) / 1000
+            return super().generate(prompts, max_tokens)
+
+    workers = [Timed(2.0), Timed(5.0)]
+    sides = [Side(n, w, w.describe()) for n, w in zip(test_kernels.SIDES, workers, strict=True)]  # type: ignore[arg-type]
+    bench = make_bench(tmp_path)
+    test_kernels.compare(bench, sides, 32, (3, 7))
+    result = json.loads((bench.folder / f"{bench.file_name('kernels')}.json").read_text())
+    expected = {"one decode token": 2.0, "2 decode tokens": 2.0, "a prompt of 8 tokens": 8.0, "32 prompt tokens": 32.0}
+    assert result["milliseconds"]["kernels"] == pytest.approx(expected)
+    gains = {"one decode token": 2.5, "2 decode tokens": 2.5, "a prompt of 8 tokens": 1.0, "32 prompt tokens": 1.0}
+    assert result["times_faster"] == pytest.approx(gains)
+    prompts = [tuple(prompt) for batch in workers[0].seen for prompt in batch]
+    assert len(set(prompts)) == len(prompts) and workers[0].seen == workers[1].seen, "nothing comes out of a cache"
 
 
 def test_exported_weights_are_the_models(tmp_path: Path) -> None:
@@ -164,19 +189,19 @@ def test_the_benchmarks_run_on_a_tiny_model(tmp_path: Path) -> None:
         "1",
         "-k",
         "not start and not scaling and not replicas and not load and not constrained and not strategies and"
-        " not narrower and not cache_dtypes",
+        " not narrower and not cache_dtypes and not kernels",
         "--model",
         str(MODEL),
     ]
     command += ["--json", str(tmp_path), "--hf-python", ""]
     run = subprocess.run(command, cwd=ROOT, env={**os.environ, "COLUMNS": "100"}, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
-    names = {"single_stream", "batch", "shared_prefix", "recovery", "quality"}
-    assert {path.stem for path in tmp_path.glob("*.json")} == names
-    quality = json.loads((tmp_path / "quality.json").read_text())["figures"]
+    found = {path.stem.removesuffix("-portable"): json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
+    assert found.keys() == {"single_stream", "batch", "shared_prefix", "recovery", "quality"}
+    quality = found["quality"]["figures"]
     assert quality["float32"]["perplexity_over_float32"] == 1 and quality["float32"]["same_most_likely_token"] == 1
     assert 0.5 < quality["int8"]["perplexity_over_float32"] < 2 and quality["int8"]["perplexity"] > 1
-    single = json.loads((tmp_path / "single_stream.json").read_text())
+    single = found["single_stream"]
     assert set(single["figures"]) == {OURS}
     assert all(value > 0 for value in single["figures"][OURS].values())
     assert "single_stream" in run.stdout  # the tables are shown without -s
