@@ -64,7 +64,7 @@ def steps(bench: Bench, side: Side, seed: int, length: int, outs: tuple[int, int
     Args:
         bench: of the run.
         side: measured.
-        seed: of the prompts; the next ten are taken too.
+        seed: of the prompts; the next five are taken too.
         length: of a prompt that fills a step.
         outs: tokens of two completions: how much longer the longer one takes is all decode steps.
     """

@@ -119,8 +119,7 @@ class ExecutableStore:
         try:
             analysis = compiled.memory_analysis()
             temporaries = _TEMPORARIES.pack(-1 if analysis is None else int(analysis.temp_size_in_bytes))
-            kernels = native.called_by(compiled.as_text() or "")
-            payload = pickle.dumps((*serialize_executable.serialize(compiled), kernels))
+            payload = pickle.dumps((*serialize_executable.serialize(compiled), native.called_by(compiled)))
         except Exception as error:  # noqa: BLE001 - backends refuse in many ways; the program itself is fine
             _LOG.warning("this program cannot be kept for the next start: %r", error)
             return False

@@ -167,7 +167,7 @@ def _is_sharded() -> bool:
 
 def replicate(x: jax.Array) -> jax.Array:
     """Asks for `x` whole on each device: after a row-parallel product this is its all-reduce or all-gather."""
-    if jax.sharding.get_abstract_mesh().empty:
+    if not _is_sharded():
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec())
 
@@ -175,15 +175,14 @@ def replicate(x: jax.Array) -> jax.Array:
 def _sharded_by_output(y_TD: jax.Array) -> jax.Array:
     """Says that a product lies as its kernel does: for many tokens XLA would rather gather that, and compute all of it
     everywhere."""
-    if jax.sharding.get_abstract_mesh().empty:
+    if not _is_sharded():
         return y_TD
     return jax.lax.with_sharding_constraint(y_TD, PartitionSpec(None, "tp"))
 
 
 def has_token_shards(sharding: str, x: jax.Array) -> bool:
     """Whether each device keeps its share of these tokens between the pairs; else all keep all."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return sharding == "sequence" and not mesh.empty and x.shape[0] % mesh.shape["tp"] == 0
+    return sharding == "sequence" and _is_sharded() and x.shape[0] % jax.sharding.get_abstract_mesh().size == 0
 
 
 def _summed_over_shards(

@@ -106,9 +106,18 @@ def versions() -> tuple[object, ...]:
     return (llvmlite.__version__, *processor())
 
 
-def called_by(text: str) -> tuple[tuple[Kernel, bytes], ...]:
-    """The kernels that a program calls, and the machine code of each; `text` is the program as XLA prints it."""
+def called_by(program: jax.stages.Compiled) -> tuple[tuple[Kernel, bytes], ...]:
+    """The kernels that a program calls, and the machine code of each.
+
+    Raises:
+        ValueError: XLA does not print the program.
+    """
     known = tuple(_registered.items())
+    if not known:  # as on GPUs, whose programs take long to print
+        return ()
+    text = program.as_text()
+    if text is None:
+        raise ValueError("which kernels a program calls is not known")
     return tuple((kernel, found.machine_code) for kernel, found in known if found.name in text)
 
 

@@ -87,7 +87,7 @@ class Attention:
 
 def _count(code: Code, buffers: Buffers) -> Any:
     decodes = buffers.dim(DECODE_LENS, 0)
-    tasks = code.calc(code.calc(buffers.dim(STARTS, 0), "+", decodes), "*", buffers.dim(KEYS, 1))
+    tasks = code.calc(buffers.dim(STARTS, 0), "+", decodes, "*", buffers.dim(KEYS, 1))
     # Where there are prompts, one more clears what belongs to no tile.
     return code.calc(tasks, "+", code.least(code.calc(buffers.dim(Q, 0), "-", decodes), 1))
 

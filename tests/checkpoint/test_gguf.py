@@ -78,9 +78,8 @@ def test_every_type_reads_by_slices(tmp_path, kind):
     rng = np.random.default_rng(0)
     try:
         data = gguf.quants.quantize(rng.standard_normal((6, 512)).astype(np.float32), kind)
-    except NotImplementedError:
-        # The gguf library reads every kind but cannot write the K-quants, and says so with this. Random bytes are as
-        # good: any block decodes.
+    except NotImplementedError:  # the gguf library's answer for K-quants, which it reads but does not write
+        # Random bytes are as good: any block decodes.
         size, width = gguf.GGML_QUANT_SIZES[kind]
         data = rng.integers(0, 120, (6, 512 // size * width), np.uint8)
     path = write(tmp_path / "x.gguf", "llama", {"token_embd.weight": (data, kind)})
