@@ -113,8 +113,7 @@ def quantize(new_TKH: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array
     """Numbers of an 8-bit dtype [T, K, H], and the float32 [T, K, 1] that they count."""
     if dtype != jnp.int8:
         return fp8.quantize_tokens(new_TKH)
-    numbers_TKH, (scales_TK1,) = int8.quantize_tokens(new_TKH)
-    return numbers_TKH, scales_TK1
+    return int8.quantize_tokens(new_TKH)
 
 
 def floats(numbers: jax.Array, dtype: jnp.dtype) -> jax.Array:

@@ -1,8 +1,12 @@
 """Products of int8 with int8: kernels scaled per output channel, activations per token as they come.
 
-    y[t, o] = (sum_i q[t, i] k[o, i]) * s[t] * c[o],    q[t] = round(x[t] / s[t]),    s[t] = max_i |x[t, i]| / 127
+    y[t, o] = (sum_i q[t, i] k[o, i]) * s[t] * c[o],    q[t] = round(x[t] / s[t])
 
-The sum is exact, in int32: at most 133,000 products of 127 x 127 fit. Array names end in their dims: T tokens,
+With one digit q is int8, and s[t] = max_i |x[t, i]| / 127. With two it has sixteen bits, q = 256 high + low, and a step
+s[t] that suits most of a token's values: then low digits say them, and high digits are zero but for outliers.
+
+The sum is exact, in int32. With one digit 133,000 products of 127 x 127 fit; with two half a million, for magnitudes of
+a token's q sum up to at most 127 / 4 for each input, and a half for rounding. Array names end in their dims: T tokens,
 I inputs, O outputs.
 """
 
@@ -15,42 +19,44 @@ import jax.numpy as jnp
 
 from ryzanstein_jax.native import calls
 
-LARGEST = 127.0
-#: The rest of a rounding is at most half a step, which a second digit cuts into 127.
-FINER = 2 * LARGEST
+#: What so many digits reach, in steps. With two, the high one is 127 there, whichever way rounding goes.
+LARGEST = {1: 127.0, 2: 127 * 256.0}
+#: A step of two digits in mean magnitudes of a token, so that low digits reach four of these: chosen by measurement,
+#: docs/quantization.md.
+MEAN_STEP = 4 / 127
 
 
-def quantize_tokens(x: jax.Array, digits: int = 1) -> tuple[jax.Array, list[jax.Array]]:
+def quantize_tokens(x: jax.Array, digits: int = 1) -> tuple[jax.Array, jax.Array]:
     """Values scaled into int8, each vector of the last dimension by itself.
 
-    With a second digit the rest that rounding left is quantized in the same way, 254 times finer. Where single values
-    outgrow the others of their token a hundredfold, as in front of an MLP's last product, one digit leaves these too
-    few steps.
+    Single values outgrow the others of their token a hundredfold, in front of an MLP's last product above all: with one
+    digit these have too few steps left.
 
     Args:
         x: floats [..., T, I].
         digits: 1 or 2.
 
     Returns:
-        int8 [..., digits * T, I], the first digits of all tokens first; and the float32 [..., T, 1] that each digit
-        counts, 0 where a token is all zero.
+        int8 [..., digits * T, I], the low digits of all tokens first; and float32 [..., T, 1], what a step counts: 0
+        where a token is all zero, NaN where one of its values is.
     """
     x = x.astype(jnp.float32)
-    largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
-    scaled = x * jnp.where(largest > 0, LARGEST / largest, 0.0)
-    scale = largest * (1 / LARGEST)
-    first = jnp.round(scaled)
-    if digits == 1:
-        return first.astype(jnp.int8), [scale]
-    second = jnp.round((scaled - first) * FINER)
-    return jnp.concatenate([first, second], axis=-2).astype(jnp.int8), [scale, scale * (1 / FINER)]
+    step = jnp.max(jnp.abs(x), axis=-1, keepdims=True) * (1 / LARGEST[digits])
+    if digits == 2:
+        step = jnp.maximum(step, jnp.mean(jnp.abs(x), axis=-1, keepdims=True) * MEAN_STEP)
+    q = jnp.round(x * jnp.where(step > 0, 1 / step, 0.0)).astype(jnp.int32)
+    if digits == 2:
+        high = (q + 128) >> 8
+        q = jnp.concatenate([q - (high << 8), high], axis=-2)
+    return q.astype(jnp.int8), step
 
 
-def scaled(y: jax.Array, scales: list[jax.Array], channels: jax.Array) -> jax.Array:
+def scaled(y: jax.Array, digits: int, steps: jax.Array, channels: jax.Array) -> jax.Array:
     """float32 [..., T, O] of the integer product [..., digits * T, O], by the scales of tokens and channels."""
-    parts = jnp.split(y, len(scales), axis=-2)
-    total = sum(part.astype(jnp.float32) * scale for part, scale in zip(parts, scales, strict=True))
-    return jnp.asarray(total) * channels
+    if digits == 2:
+        low, high = jnp.split(y, 2, axis=-2)
+        y = low + (high << 8)
+    return y.astype(jnp.float32) * steps * channels
 
 
 def integer_product(q_TI: jax.Array, kernel_OI: jax.Array) -> jax.Array:
@@ -88,8 +94,8 @@ def product(
         digits: of the activations.
         sharded: "outputs", if these lie sharded over the mesh.
     """
-    found = calls.sharded_integer_product(x_TI, kernel_OI, scale_O, digits, FINER, sharded)
+    found = calls.sharded_integer_product(x_TI, kernel_OI, scale_O, digits, LARGEST[digits], MEAN_STEP, sharded)
     if found is not None:
         return found
-    q, scales = quantize_tokens(x_TI, digits)
-    return scaled(integer_product(q, kernel_OI), scales, scale_O)
+    q, steps = quantize_tokens(x_TI, digits)
+    return scaled(integer_product(q, kernel_OI), digits, steps, scale_O)

@@ -89,6 +89,6 @@ def experts_product(
         return jnp.einsum(formula, x_TI, kernel_EOI)
     if scheme.kind != "int8":
         return jnp.einsum(formula, x_TI, grouped.dequantized(kernel_EOI, scale, zero, x_TI.dtype))
-    q, scales = int8.quantize_tokens(x_TI, scheme.digits)
+    q, steps = int8.quantize_tokens(x_TI, scheme.digits)
     y_ETO = jnp.einsum(formula, q, kernel_EOI, preferred_element_type=jnp.int32)
-    return int8.scaled(y_ETO, scales, scale[:, None]).astype(x_TI.dtype)
+    return int8.scaled(y_ETO, scheme.digits, steps, scale[:, None]).astype(x_TI.dtype)

@@ -175,7 +175,7 @@ def _target_machine() -> Any:
 
 
 def assembly(kernel: Kernel) -> str:
-    """What the compiler makes of a kernel here, to be read; what registers had no room for is marked "Spill"."""
+    """What the compiler makes of a kernel here, to be read: vectors stored to the stack had no room in registers."""
     target, module = _optimized(kernel, "kernel")
     return str(target.emit_assembly(module))
 
@@ -196,7 +196,9 @@ def _optimized(kernel: Kernel, name: str) -> tuple[Any, Any]:
     kernel.add_to(written, name, processor().lanes)
     module = binding.parse_assembly(str(written))
     module.verify()
-    passes = binding.create_pass_builder(target, binding.create_pipeline_tuning_options(speed_level=3))
+    options = binding.create_pipeline_tuning_options(speed_level=3)
+    options.loop_unrolling = False
+    passes = binding.create_pass_builder(target, options)
     passes.getModulePassManager().run(module, passes)
     return target, module
 

@@ -1,8 +1,7 @@
 """Attention over pages on a CPU: pages are read where they lie, each once for all the query heads of its slot.
 
-A task is a tile, queries of one sequence that follow each other, for one KV slot. A decode token is a tile of one
-query: its scores of a few positions fill one vector. Tiles of prompts are products of small matrices: keys are
-transposed block by block, so that positions lie in lanes, and a few rows of queries are kept in registers.
+A task is a tile, queries of one sequence that follow each other, for one KV slot (`prompt_attention`), or one decode
+token for one slot (`decode_attention`).
 
 Names in the code: H head_dim, Q query heads per slot, row one query head of one query of a tile.
 """
@@ -18,22 +17,17 @@ from ryzanstein_jax.native import MOST_STACK_BYTES
 from ryzanstein_jax.native.attention_parts import (
     BLOCK_BYTES,
     DECODE_LENS,
-    DECODE_TABLES,
     HEIGHT,
-    KEY_SCALES,
     KEYS,
     LENS,
-    MASKED,
-    NOTHING,
     OPERANDS,
     OUT,
     STARTS,
-    VALUE_SCALES,
-    VALUES,
     Q,
     Task,
 )  # fmt: skip
-from ryzanstein_jax.native.emit import F32, I32, Code
+from ryzanstein_jax.native.decode_attention import DECODE_SPAN, DecodeTask
+from ryzanstein_jax.native.emit import I32, Code
 from ryzanstein_jax.native.prompt_attention import PromptTask
 from ryzanstein_jax.native.xla import Buffers, add_handler
 
@@ -74,7 +68,7 @@ class Attention:
         """What a task takes of its thread's stack, but for a few variables."""
         rows, span = self.tile * self.queries + HEIGHT, self.span(lanes)
         blocks = self.head_dim * span + HEIGHT * (self.head_dim + span)
-        return 4 * (rows * (self.head_dim + 2) + blocks + self.queries * lanes)
+        return 4 * (rows * (self.head_dim + 2) + blocks + self.queries * DECODE_SPAN)
 
     def add_to(self, module: ir.Module, name: str, lanes: int) -> None:
         """Adds the function; operands are those of `attention.attend_by_native`."""
@@ -108,70 +102,10 @@ class _Task(Task):
             code.ret_void()
         with code.if_then(code.icmp_signed("<", task, tasks)):
             number = code.calc(task, "-", prompt_tasks)
-            self._decode(code.calc(number, "%", self.decodes), code.calc(number, "/", self.decodes))
+            decode = DecodeTask(self.kernel, code, buffers)
+            decode.write(code.calc(number, "%", self.decodes), code.calc(number, "/", self.decodes))
             code.ret_void()
         self._clear(tiles)
-
-    # --- one query
-
-    def _decode(self, seq: Any, slot: Any) -> None:
-        code, kernel, lanes = self.code, self.kernel, self.code.lanes
-        length = code.get(self.data[DECODE_LENS], seq, I32)
-        begin = code.int(0) if kernel.window is None else code.most(code.calc(length, "-", kernel.window), 0)
-        first_row = code.calc(seq, "*", self.slots, "+", slot, "*", kernel.queries)
-        query = [
-            [code.fmul(part, code.vec(kernel.scale)) for part in self.query(code.calc(first_row, "+", i))]
-            for i in range(kernel.queries)
-        ]
-        table = code.at(self.data[DECODE_TABLES], code.calc(seq, "*", self.buffers.dim(DECODE_TABLES, 1)), I32)
-        maximum = [code.variable(code.num(NOTHING)) for _ in query]
-        total = [code.variable(code.num(0.0)) for _ in query]
-        values = [[code.variable(code.vec(0.0)) for _ in range(self.parts)] for _ in query]
-        weights = code.room(F32, kernel.queries * lanes)
-        with code.loop(code.calc(begin, "/", lanes), code.calc(length, "+", lanes - 1, "/", lanes)) as group:
-            position = code.calc(group, "*", lanes)
-            row = self.page_row(table, slot, position)
-            # The pages lie anywhere, and no processor guesses which is next.
-            soon = self.page_row(table, slot, code.least(code.calc(position, "+", lanes), code.calc(length, "-", 1)))
-            products: list[list[Any]] = [[] for _ in query]
-            for lane in range(lanes):
-                key = self.row(self.data[KEYS], code.calc(row, "+", lane))
-                for part in range(self.parts):
-                    index = code.calc(soon, "+", lane, "*", kernel.head_dim, "+", part * lanes)
-                    for pages in (KEYS, VALUES):
-                        code.prefetch(self.data[pages], index, self.element)
-                for i, parts in enumerate(query):
-                    products[i].append(self.dot(parts, key))
-            seen = self.between(position, begin, length)
-            for i in range(kernel.queries):
-                counted = self.scaled(code.sums(products[i]), KEY_SCALES, row)
-                scores = code.select(seen, self.capped(counted), code.vec(MASKED))
-                weight = self._soften(scores, maximum[i], total[i], values[i])
-                code.write(self.scaled(weight, VALUE_SCALES, row), weights, i * lanes)
-            with code.loop(0, code.least(code.calc(length, "-", position), lanes)) as lane:
-                value = self.row(self.data[VALUES], code.calc(row, "+", lane))
-                for i in range(kernel.queries):
-                    weight = code.splat(code.get(weights, code.calc(lane, "+", i * lanes)))
-                    for part, place in zip(value, values[i], strict=True):
-                        code.store(code.multiply_add(weight, part, code.load(place)), place)
-        for i in range(kernel.queries):
-            factor = code.splat(code.fdiv(code.num(1.0), code.larger(code.load(total[i]), code.num(1e-30))))
-            for part, place in enumerate(values[i]):
-                index = code.calc(first_row, "+", i, "*", kernel.head_dim, "+", part * lanes)
-                code.write(code.fmul(code.load(place), factor), self.data[OUT], index, kernel.dtype)
-
-    def _soften(self, scores: Any, maximum: Any, total: Any, values: list[Any]) -> Any:
-        """Adds scores, a vector, to a running softmax; gives their weights."""
-        code = self.code
-        old = code.load(maximum)
-        new = code.larger(old, code.largest_of(scores))
-        weight = code.exp(code.fsub(scores, code.splat(new)))
-        decay = code.exp_scalar(code.fsub(old, new))
-        code.store(new, maximum)
-        code.store(code.fadd(code.fmul(code.load(total), decay), code.sum_of(weight)), total)
-        for place in values:
-            code.store(code.fmul(code.load(place), code.splat(decay)), place)
-        return weight
 
     def _clear(self, tiles: Any) -> None:
         """Zeros for the tokens behind those of the last tile."""

@@ -15,10 +15,11 @@ from jax.sharding import PartitionSpec
 
 from ryzanstein_jax import native
 
-#: Rows (of int8, digits of tokens) up to which a kernel that reads weights as they lie is the fastest, by their dtype:
-#: chosen by measurement.
+#: Rows (of int8, digits of tokens) up to which a kernel that reads weights as they lie is faster than XLA's, by dtype,
+#: and from which on one that turns weights about is faster still: chosen by measurement.
 FEW_ROWS = {"float32": 32, "bfloat16": 64, "int8": 64}
-#: Bytes of activations up to which one that turns weights about first is; of more, it would read too many too often.
+MANY_ROWS = {"float32": 33, "bfloat16": 65, "int8": 25}
+#: Bytes of activations up to which that is so; of more, it would read too many too often.
 MOST_BYTES = 16 << 20
 #: What the outputs of both must be multiples of.
 _COLUMNS, _PACKED_COLUMNS = 4, 32
@@ -39,12 +40,17 @@ def takes(rows: int, shape: tuple[int, ...], dtype: Any) -> bool:
     outputs, inputs = shape
     if inputs % (_per_lane(name) * lanes):
         return False
-    if rows <= FEW_ROWS[name]:
-        return outputs % _COLUMNS == 0
+    return (rows <= FEW_ROWS[name] and outputs % _COLUMNS == 0) or _are_many(rows, shape, dtype)
+
+
+def _are_many(rows: int, shape: tuple[int, ...], dtype: Any) -> bool:
+    """Whether these rows are for `packed`, of those that kernels take."""
+    outputs, inputs = shape
+    name, size = str(dtype), jnp.dtype(dtype).itemsize
     # It takes the registers of AVX-512, and of bfloat16 its products of pairs.
-    able = lanes == 16 and (name != "bfloat16" or native.multiplies_pairs())
-    able = able and _PACKED_COLUMNS * inputs * jnp.dtype(dtype).itemsize <= native.MOST_STACK_BYTES
-    return able and outputs % _PACKED_COLUMNS == 0 and rows * inputs * jnp.dtype(dtype).itemsize <= MOST_BYTES
+    able = native.lanes() == 16 and (name != "bfloat16" or native.multiplies_pairs())
+    able = able and _PACKED_COLUMNS * inputs * size <= native.MOST_STACK_BYTES and outputs % _PACKED_COLUMNS == 0
+    return able and rows >= MANY_ROWS[name] and rows * inputs * size <= MOST_BYTES
 
 
 def _per_lane(dtype: str) -> int:
@@ -60,10 +66,11 @@ def sharded_product(x_TI: jax.Array, kernel_OI: jax.Array, dtype: Any, sharded: 
 
 
 def sharded_integer_product(
-    x_TI: jax.Array, kernel_OI: jax.Array, scale_O: jax.Array, digits: int, finer: float, sharded: str | None
-) -> jax.Array | None:
-    """As `model.int8.product`; None where it is XLA's."""
-    compute = partial(integer_product, digits=digits, finer=finer)
+    x_TI: jax.Array, kernel_OI: jax.Array, scale_O: jax.Array, digits: int, largest: float, mean_step: float,
+    sharded: str | None,
+) -> jax.Array | None:  # fmt: skip
+    """As `model.int8.product`, with numbers of `model.int8` for so many digits; None where it is XLA's."""
+    compute = partial(integer_product, digits=digits, largest=largest, mean_step=mean_step)
     return _by_parts(compute, digits * x_TI.shape[0], sharded, x_TI, kernel_OI, scale_O)
 
 
@@ -99,32 +106,37 @@ def product(x_TI: jax.Array, kernel_OI: jax.Array, dtype: Any) -> jax.Array:
 
     tokens, outputs, name = x_TI.shape[0], kernel_OI.shape[0], str(kernel_OI.dtype)
     kernel: native.Kernel
-    if tokens <= FEW_ROWS[name]:
-        kernel = Product(name, str(jnp.dtype(dtype)), Shape.of(tokens, outputs), _per_lane(name) == 2)
-    else:
+    if _are_many(tokens, kernel_OI.shape, kernel_OI.dtype):
         kernel = PackedProduct(name, str(jnp.dtype(dtype)), PackedProduct.rows_of(tokens))
+    else:
+        kernel = Product(name, str(jnp.dtype(dtype)), Shape.of(tokens, outputs), _per_lane(name) == 2)
     return _call(kernel, jax.ShapeDtypeStruct((tokens, outputs), dtype), x_TI, kernel_OI)
 
 
-def integer_product(x_TI: jax.Array, kernel_OI: jax.Array, scale_O: jax.Array, digits: int, finer: float) -> jax.Array:
+def integer_product(
+    x_TI: jax.Array, kernel_OI: jax.Array, scale_O: jax.Array, digits: int, largest: float, mean_step: float
+) -> jax.Array:
     """As `model.int8.product`, float32 [T, O]."""
     from ryzanstein_jax.native.packed import PackedProduct
-    from ryzanstein_jax.native.products import IntegerProduct, Quantize, Shape
+    from ryzanstein_jax.native.products import IntegerProduct, Shape
+    from ryzanstein_jax.native.quantize import Quantize
 
     (tokens, inputs), outputs = x_TI.shape, kernel_OI.shape[0]
-    parts = (
-        jax.ShapeDtypeStruct((digits * tokens, inputs), jnp.int8),
-        jax.ShapeDtypeStruct((tokens,), jnp.float32),
-        jax.ShapeDtypeStruct((digits * tokens,), jnp.float32),
-    )
-    q, counts, sums = _call(Quantize(digits, finer, str(x_TI.dtype)), parts, x_TI)
+    per_token = [jax.ShapeDtypeStruct((tokens,), dtype) for dtype in (jnp.float32, jnp.int32)]
     kernel: native.Kernel
-    if digits * tokens <= FEW_ROWS["int8"]:
-        kernel = IntegerProduct(digits, finer, Shape.of(tokens, outputs, digits))
+    if _are_many(digits * tokens, kernel_OI.shape, kernel_OI.dtype):
+        rows = PackedProduct.rows_of(tokens)
+        kernel = PackedProduct("int8", "float32", rows, digits)
+        words = jax.ShapeDtypeStruct((-(-tokens // rows), inputs // 4, rows), jnp.int32)
+        lists = jax.ShapeDtypeStruct((words.shape[0], 1 + inputs // 4), jnp.int32)
+        parts = [words, *per_token, *([words, lists] if digits == 2 else [])]
     else:
-        kernel = PackedProduct("int8", "float32", PackedProduct.rows_of(tokens, digits), digits, finer)
+        rows = 0
+        kernel = IntegerProduct(digits, Shape.of(tokens, outputs, digits))
+        parts = [jax.ShapeDtypeStruct((digits * tokens, inputs), jnp.int8), *per_token]
+    q, steps, sums, *high = _call(Quantize(digits, str(x_TI.dtype), largest, mean_step, rows), parts, x_TI)
     result = jax.ShapeDtypeStruct((tokens, outputs), jnp.float32)
-    return _call(kernel, result, q, kernel_OI, counts, sums, scale_O)
+    return _call(kernel, result, q, kernel_OI, steps, sums, scale_O, *high)
 
 
 def _call(kernel: native.Kernel, results: Any, *operands: jax.Array) -> Any:

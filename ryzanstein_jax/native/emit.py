@@ -70,7 +70,7 @@ class Code(ir.IRBuilder):
     def vec(self, value: float) -> ir.Constant:
         return ir.Constant(self.vector, [self.num(value)] * self.lanes)
 
-    def _all(self, value: builtins.int) -> ir.Constant:
+    def number(self, value: builtins.int) -> ir.Constant:
         """An int32 in all lanes."""
         return ir.Constant(self.ints, [ir.Constant(I32, value)] * self.lanes)
 
@@ -174,9 +174,12 @@ class Code(ir.IRBuilder):
         self.store(narrow, self.at(base, index, I16), align=2)
 
     def write_bytes(self, value: Any, base: Any, index: Any) -> None:
-        """Stores a vector of whole numbers of -128 to 127 as int8."""
-        narrow = self.trunc(self.fptosi(value, self.ints), ir.VectorType(I8, self.lanes))
-        self.store(narrow, self.at(base, index, I8), align=1)
+        """Stores the lowest byte of each number of a vector of int32."""
+        self.store(self.lowest_bytes(value), self.at(base, index, I8), align=1)
+
+    def lowest_bytes(self, value: Any) -> Any:
+        """Of each number of a vector of int32."""
+        return self.trunc(value, ir.VectorType(I8, self.lanes))
 
     def variable(self, value: Any) -> Any:
         """A variable with a first value, for `load` and `store`; it ends up in a register."""
@@ -225,10 +228,22 @@ class Code(ir.IRBuilder):
 
     def sum_of(self, value: Any) -> Any:
         """All lanes added up."""
+        if value.type == self.ints:
+            return self._intrinsic(f"llvm.vector.reduce.add.v{self.lanes}i32", I32, value)
         return self._intrinsic(f"llvm.vector.reduce.fadd.v{self.lanes}f32", F32, self.num(-0.0), value)
 
+    def is_any(self, value: Any) -> Any:
+        """Whether any number of a vector of int32, of any length, is not zero."""
+        bits = self._intrinsic(f"llvm.vector.reduce.or.v{value.type.count}i32", I32, value)
+        return self.icmp_unsigned("!=", bits, ir.Constant(I32, 0))
+
     def largest_of(self, value: Any) -> Any:
-        return self._intrinsic(f"llvm.vector.reduce.fmax.v{self.lanes}f32", F32, value)
+        """Of all lanes; NaN may be lost. LLVM's own, which never loses a number for it, goes lane by lane."""
+        width = self.lanes
+        while width > 1:
+            width //= 2
+            value = self.larger(*(self.shuffle_vector(value, value, _indices(range(k, k + width))) for k in (0, width)))
+        return self.extract_element(value, ir.Constant(I32, 0))
 
     def exp(self, value: Any) -> Any:
         """e^x of numbers up to 1, relative error below 2e-7 + 9e-8 |x|; 0 below -87. Of NaN it is NaN."""
@@ -243,8 +258,8 @@ class Code(ir.IRBuilder):
         total: Any = self.vec(_EXP2[-1])
         for factor in reversed(_EXP2[:-1]):
             total = self.multiply_add(total, rest, self.vec(factor))
-        exponent = self.add(self.bitcast(shifted, self.ints), self._all(127 - _WHOLE_BITS))
-        power = self.bitcast(self.shl(exponent, self._all(23)), self.vector)
+        exponent = self.add(self.bitcast(shifted, self.ints), self.number(127 - _WHOLE_BITS))
+        power = self.bitcast(self.shl(exponent, self.number(23)), self.vector)
         return self.select(nothing, self.vec(0.0), self.fmul(total, power))
 
     def exp_scalar(self, value: Any) -> Any:
@@ -267,25 +282,26 @@ class Code(ir.IRBuilder):
             step *= 2
         return rows
 
-    def sums(self, rows: Sequence[Any]) -> Any:
-        """As many vectors as each has lanes: the sum of each, in its lane."""
-        return self._folded(rows)
-
     def quarters(self, rows: Sequence[Any]) -> Any:
         """The sums of four vectors, of float32 or int32, as a vector of four."""
-        total, width = self._folded(rows), self.lanes
+        width = self.lanes
+        for step in (1, 2):  # within each four lanes
+            rows = [self._sum(*self._mixed(a, b, step)) for a, b in zip(rows[::2], rows[1::2], strict=True)]
+        total = rows[0]
         while width > 4:
             width //= 2
             parts = [self.shuffle_vector(total, total, _indices(range(k, k + width))) for k in (0, width)]
             total = self._sum(*parts)
         return total
 
-    def _folded(self, rows: Sequence[Any]) -> Any:
-        rows, step = list(rows), 1
-        while len(rows) > 1:
-            rows = [self._sum(*self.exchange(a, b, step)) for a, b in zip(rows[::2], rows[1::2], strict=True)]
-            step *= 2
-        return rows[0]
+    def _mixed(self, a: Any, b: Any, size: builtins.int) -> tuple[Any, Any]:
+        """The lower and the upper half of each four lanes of a and b, `size` numbers of each in turn."""
+        halves = []
+        for half in (0, 2):
+            places = [four + half + k for four in range(0, self.lanes, 4) for k in range(2)]
+            pieces = zip(*(iter(places),) * size, strict=True)
+            halves.append([place + other for piece in pieces for other in (0, self.lanes) for place in piece])
+        return self.shuffle_vector(a, b, _indices(halves[0])), self.shuffle_vector(a, b, _indices(halves[1]))
 
     def _sum(self, a: Any, b: Any) -> Any:
         return self.fadd(a, b) if a.type.element == F32 else self.add(a, b)

@@ -8,48 +8,49 @@ two bfloat16 or four int8, whose products a lane adds up.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
 from llvmlite import ir
 
 from ryzanstein_jax.native.emit import BF16, I32, Code
-from ryzanstein_jax.native.products import scaled_digits
+from ryzanstein_jax.native.products import raised, scaled
 from ryzanstein_jax.native.xla import Buffers, add_handler
 
 #: Most rows of a tile: with two vectors of outputs, sums for them fill three quarters of 32 registers.
 MOST_ROWS = 12
 _VECTORS = 2
 _X, _W = 0, 1
+_HIGH, _LISTS = 5, 6
 _PER_WORD = {"float32": 1, "bfloat16": 2, "int8": 4}
 
 
 @dataclass(frozen=True)
 class PackedProduct:
-    """Operands and result are those of `products.Product`, or with int8 of `products.IntegerProduct`.
+    """Operands and result are those of `products.Product`, or with int8 of `products.IntegerProduct`, but that digits
+    are what `quantize.Quantize` makes of tiles of as many rows; of two, its high ones and lists are the last operands.
 
     Attributes:
         dtype: of the kernel, "float32", "bfloat16" or "int8".
         result: dtype of the result.
-        rows: of a tile; with two digits an even number.
-        digits, finer: of int8, as `products.IntegerProduct` has them.
+        rows: of a tile.
+        digits: of int8, 1 or 2.
     """
 
     dtype: str
     result: str
     rows: int
     digits: int = 1
-    finer: float = 1.0
 
     @classmethod
-    def rows_of(cls, tokens: int, digits: int = 1) -> int:
+    def rows_of(cls, tokens: int) -> int:
         """Rows of a tile that leave the least over."""
-        most = MOST_ROWS // digits
-        tiles = -(-tokens // most)
-        return -(-tokens // tiles) * digits
+        tiles = -(-tokens // MOST_ROWS)
+        return -(-tokens // tiles)
 
     def add_to(self, module: ir.Module, name: str, lanes: int) -> None:
-        operands = 5 if self.dtype == "int8" else 2
+        operands = 3 + 2 * self.digits if self.dtype == "int8" else 2
 
         def count(code: Code, buffers: Buffers) -> Any:
             return code.calc(buffers.dim(_W, 0), "/", _VECTORS * lanes)
@@ -68,29 +69,50 @@ class _Task:
         code, kernel = self.code, self.kernel
         first = code.calc(task, "*", self.columns)
         packed = self._pack(first)
-        tokens = kernel.rows // kernel.digits
-        with code.loop(0, self.tokens, tokens) as top:
+        with code.loop(0, self.tokens, kernel.rows) as top:
             # What is left over at the end is computed several times, and comes out the same.
-            real = [code.least(code.calc(top, "+", t), code.calc(self.tokens, "-", 1)) for t in range(tokens)]
-            rows = [
-                code.at(self.data[_X], code.calc(token, "+", code.calc(self.tokens, "*", digit), "*", self.words), I32)
-                for token in real
-                for digit in range(kernel.digits)
-            ]
-            sums = [[code.variable(self._zero()) for _ in range(_VECTORS)] for _ in rows]
-            with code.loop(0, self.words) as word:
-                place = code.at(packed, code.calc(word, "*", self.columns), I32)
-                weights = [self._as_operand(self._vector(place, v * code.lanes)) for v in range(_VECTORS)]
-                for row, places in zip(rows, sums, strict=True):
-                    number = self._as_operand(code.splat(code.load(code.at(row, word, I32), typ=I32)))
-                    for weight, place in zip(weights, places, strict=True):
-                        code.store(self._added(code.load(place), number, weight), place)
-            for t, token in enumerate(real):
-                for v in range(_VECTORS):
+            tokens = [code.least(code.calc(top, "+", t), code.calc(self.tokens, "-", 1)) for t in range(kernel.rows)]
+            sums = [[code.variable(self._zero()) for _ in range(_VECTORS)] for _ in tokens]
+            if kernel.dtype == "int8":
+                self._add_tile(packed, code.calc(top, "/", kernel.rows), sums)
+            else:
+                rows = [code.at(self.data[_X], code.calc(token, "*", self.words), I32) for token in tokens]
+                with code.loop(0, self.words) as word:
+                    self._add_word(packed, word, [code.at(row, word, I32) for row in rows], sums)
+            for token, places in zip(tokens, sums, strict=True):
+                for v, place in enumerate(places):
                     output = code.calc(first, "+", v * code.lanes)
-                    parts = [code.load(sums[t * kernel.digits + digit][v]) for digit in range(kernel.digits)]
-                    place = code.calc(token, "*", self.outputs, "+", output)
-                    code.write(self._result(token, output, parts), self.data[-1], place, kernel.result)
+                    result = self._result(token, output, code.load(place))
+                    code.write(result, self.data[-1], code.calc(token, "*", self.outputs, "+", output), kernel.result)
+
+    def _add_tile(self, packed: Any, tile: Any, sums: list[list[Any]]) -> None:
+        """Adds the products of a tile of int8, high digits first."""
+        code = self.code
+        first = code.calc(tile, "*", self.words)
+        if self.kernel.digits == 2:
+            begin = code.calc(self.words, "+", 1, "*", tile)
+            with code.loop(0, code.get(self.data[_LISTS], begin, I32)) as number:
+                word = code.get(self.data[_LISTS], code.calc(begin, "+", 1, "+", number), I32)
+                self._add_word(packed, word, self._rows(_HIGH, code.calc(first, "+", number)), sums)
+            for place in itertools.chain(*sums):
+                code.store(raised(code, code.load(place)), place)
+        with code.loop(0, self.words) as word:
+            self._add_word(packed, word, self._rows(_X, code.calc(first, "+", word)), sums)
+
+    def _rows(self, operand: int, number: Any) -> list[Any]:
+        """Where the rows of a word in tiles are."""
+        begin = self.code.at(self.data[operand], self.code.calc(number, "*", self.kernel.rows), I32)
+        return [self.code.at(begin, row, I32) for row in range(self.kernel.rows)]
+
+    def _add_word(self, packed: Any, word: Any, rows: list[Any], sums: list[list[Any]]) -> None:
+        """Adds the products of one word of each row and of the weights."""
+        code = self.code
+        place = code.at(packed, code.calc(word, "*", self.columns), I32)
+        weights = [self._as_operand(self._vector(place, v * code.lanes)) for v in range(_VECTORS)]
+        for row, places in zip(rows, sums, strict=True):
+            number = self._as_operand(code.splat(code.load(row, typ=I32)))
+            for weight, total in zip(weights, places, strict=True):
+                code.store(self._added(code.load(total), number, weight), total)
 
     def _pack(self, first: Any) -> Any:
         """The weights of a task as [words, outputs]."""
@@ -132,7 +154,5 @@ class _Task:
             return code.multiply_add(number, weight, total)
         return code.bytes_added(total, weight, number) if dtype == "int8" else code.pairs_added(total, number, weight)
 
-    def _result(self, token: Any, output: Any, parts: list[Any]) -> Any:
-        if self.kernel.dtype != "int8":
-            return parts[0]
-        return scaled_digits(self.code, self.kernel.finer, self.data, self.tokens, token, output, parts)
+    def _result(self, token: Any, output: Any, total: Any) -> Any:
+        return scaled(self.code, self.data, token, output, total) if self.kernel.dtype == "int8" else total

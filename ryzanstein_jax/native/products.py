@@ -22,11 +22,10 @@ from ryzanstein_jax.native.xla import Buffers, add_handler
 
 #: Vectors of sums that a tile keeps in registers.
 _SUMS_HELD = 16
-_LARGEST = 127.0
 
 _X, _W = 0, 1
-# Of int8 besides: what each digit of a token counts, sums of its digits; scales of the outputs.
-_SCALES, _DIGIT_SUMS, _CHANNELS = 2, 3, 4
+# Of int8 besides: what a step of each token counts, the sum of its values in steps; scales of the outputs.
+_STEPS, _SUMS, _CHANNELS = 2, 3, 4
 
 
 @dataclass(frozen=True)
@@ -111,17 +110,15 @@ class Product(_TiledProduct):
 class IntegerProduct(_TiledProduct):
     """The product of int8 of `model.int8`, with its scales.
 
-    Operands: digits int8 [digits * T, I], kernel int8 [O, I], and float32: what each token's first digit counts [T],
-    sums of all digits [digits * T] (`Quantize`), and scales of the outputs [O]. The result is float32 [T, O].
+    Operands: digits int8 [digits * T, I], kernel int8 [O, I], what `quantize.Quantize` says of the tokens besides,
+    float32 [T] and int32 [T], and scales of the outputs, float32 [O]. The result is float32 [T, O].
 
     Attributes:
         digits: 1 or 2.
-        finer: how much less a second digit counts than the first.
         shape: of tiles and tasks.
     """
 
     digits: int
-    finer: float
     shape: Shape
 
     operands = 5
@@ -131,49 +128,6 @@ class IntegerProduct(_TiledProduct):
 
     def tile(self, code: Code, buffers: Buffers) -> _Tile:
         return _IntegerTile(self, code, buffers)
-
-
-@dataclass(frozen=True)
-class Quantize:
-    """Activations as int8: `model.int8.quantize_tokens`, and the sums of the digits.
-
-    Operand: x [T, I]. Results: int8 [digits * T, I], first digits first; float32 [T], what they count; float32
-    [digits * T], sums of the digits.
-    """
-
-    digits: int
-    finer: float
-    dtype: str
-
-    def add_to(self, module: ir.Module, name: str, lanes: int) -> None:
-        add_handler(module, name, lanes, 1, 3, lambda code, buffers: buffers.dim(0, 0), self._write)
-
-    def _write(self, code: Code, buffers: Buffers, token: Any) -> None:
-        x, digits, scales, sums = buffers.data
-        tokens, inputs = buffers.dim(0, 0), buffers.dim(0, 1)
-        row = code.calc(token, "*", inputs)
-        largest = code.variable(code.vec(0.0))
-        with code.loop(0, inputs, code.lanes) as i:
-            size = code.size_of(code.read(x, code.calc(row, "+", i), self.dtype))
-            code.store(code.larger(size, code.load(largest)), largest)
-        most = code.largest_of(code.load(largest))
-        code.store(code.fmul(most, code.num(1 / _LARGEST)), code.at(scales, token))
-        none = code.fcmp_ordered("==", most, code.num(0.0))
-        factor = code.splat(code.select(none, code.num(0.0), code.fdiv(code.num(_LARGEST), most)))
-        totals = [code.variable(code.vec(0.0)) for _ in range(self.digits)]
-        with code.loop(0, inputs, code.lanes) as i:
-            scaled = code.fmul(code.read(x, code.calc(row, "+", i), self.dtype), factor)
-            first = code.rounded(scaled)
-            found = [first]
-            if self.digits == 2:
-                found.append(code.rounded(code.fmul(code.fsub(scaled, first), code.vec(self.finer))))
-            for number, (digit, total) in enumerate(zip(found, totals, strict=True)):
-                place = code.calc(token, "+", code.calc(tokens, "*", number), "*", inputs, "+", i)
-                code.write_bytes(digit, digits, place)
-                code.store(code.fadd(code.load(total), digit), total)
-        for number, total in enumerate(totals):
-            place = code.calc(token, "+", code.calc(tokens, "*", number))
-            code.store(code.sum_of(code.load(total)), code.at(sums, place))
 
 
 class _Tile(ABC):
@@ -287,31 +241,30 @@ class _IntegerTile(_Tile):
         return self.code.bytes_added(total, weights, values)
 
     def result(self, token: Any, output: Any, totals: list[Any]) -> Any:
-        return scaled_digits(self.code, self.kernel.finer, self.data, self.tokens, token, output, totals)
+        total = totals[0]
+        if self.digits == 2:
+            total = self.code.add(total, raised(self.code, totals[1]))
+        return scaled(self.code, self.data, token, output, total)
 
 
-def scaled_digits(
-    code: Code, finer: float, data: list[Any], tokens: Any, token: Any, output: Any, totals: list[Any]
-) -> Any:
+def raised(code: Code, high: Any) -> Any:
+    """Sums of high digits, int32, in steps of the low ones."""
+    return code.shl(high, ir.Constant(high.type, [8] * high.type.count))
+
+
+def scaled(code: Code, data: list[Any], token: Any, output: Any, total: Any) -> Any:
     """What `IntegerProduct` gives for a token and neighbouring outputs.
 
     Args:
         code: takes it.
-        finer: as `IntegerProduct` has it.
         data: its operands.
-        tokens: in all.
         token, output: which, and the first of which.
-        totals: the sums of each digit with w + 128: int32 vectors of outputs.
+        total: the token's sums, in steps, with w + 128: int32, one for each output. It may have overflowed, as
+            `excess` may: their difference has not.
     """
-    lanes = totals[0].type.count
+    lanes = total.type.count
     floats = ir.VectorType(F32, lanes)
-    count, value = code.get(data[_SCALES], token), None
-    for digit, total in enumerate(totals):
-        place = code.calc(token, "+", code.calc(tokens, "*", digit))
-        excess = code.fmul(code.get(data[_DIGIT_SUMS], place), code.num(128.0))
-        exact = code.sub(total, code.splat(code.fptosi(excess, I32), lanes))
-        part = code.fmul(code.sitofp(exact, floats), code.splat(count, lanes))
-        value = part if value is None else code.fadd(value, part)
-        count = code.fmul(count, code.num(1 / finer))
-    channels = code.load(code.at(data[_CHANNELS], output), typ=floats, align=4)
-    return code.fmul(value, channels)
+    excess = code.shl(code.load(code.at(data[_SUMS], token, I32), typ=I32), ir.Constant(I32, 7))
+    exact = code.sub(total, code.splat(excess, lanes))
+    value = code.fmul(code.sitofp(exact, floats), code.splat(code.get(data[_STEPS], token), lanes))
+    return code.fmul(value, code.load(code.at(data[_CHANNELS], output), typ=floats, align=4))

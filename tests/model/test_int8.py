@@ -31,21 +31,57 @@ def test_integer_products_are_exact(rows):
 @pytest.mark.parametrize("rows", [1, 5])
 def test_one_digit(rows):
     x = tokens(rows, 96)
-    q, (scale,) = int8.quantize_tokens(jnp.asarray(x))
+    q, step = int8.quantize_tokens(jnp.asarray(x))
     largest = np.abs(x).max(axis=1, keepdims=True)
-    np.testing.assert_allclose(np.asarray(scale), largest / 127, rtol=1e-6)
-    error = np.abs(np.asarray(q) * np.asarray(scale) - x)
-    assert (error <= np.asarray(scale) * 0.5001).all()
+    np.testing.assert_allclose(np.asarray(step), largest / 127, rtol=1e-6)
+    error = np.abs(np.asarray(q) * np.asarray(step) - x)
+    assert (error <= np.asarray(step) * 0.5001).all()
     assert (np.abs(np.asarray(q)).max(axis=1) == np.where(largest[:, 0] > 0, 127, 0)).all()
 
 
-def test_a_second_digit_is_254_times_finer():
-    x = tokens(5, 96)
-    q, scales = int8.quantize_tokens(jnp.asarray(x), 2)
-    first, second = (np.asarray(part, np.float64) for part in np.split(np.asarray(q), 2))
-    coarse, fine = (np.asarray(scale, np.float64) for scale in scales)
-    error = np.abs(first * coarse + second * fine - x)
-    assert (error <= coarse / 254 * 0.51 + 1e-7 * np.abs(x)).all() and error.max() > 0
+def of_two_digits(x):
+    """Values in steps, their high digits, and what a step counts."""
+    q, step = int8.quantize_tokens(jnp.asarray(x), 2)
+    low, high = np.split(np.asarray(q, np.int64), 2)
+    return 256 * high + low, high, np.asarray(step, np.float64)
+
+
+def test_low_digits_reach_four_mean_magnitudes_and_high_ones_are_for_outliers():
+    x = tokens(5, 960)
+    x[:, 7] *= 100
+    x[0, 8:11] = np.abs(x[0]).mean() * np.asarray([3.9, -3.9, 4.6])
+    q, high, step = of_two_digits(x)
+    mean = np.abs(x).mean(axis=1, keepdims=True)
+    np.testing.assert_allclose(step, mean * 4 / 127, rtol=1e-6)
+    assert (np.abs(q * step - x) <= step * 0.5001).all(), "outliers too"
+    outliers = np.abs(x) > 4.1 * mean
+    assert 3 < outliers.sum() < 20 and outliers[0, 10] and not outliers[0, 8:10].any()
+    assert high[outliers].all() and not high[np.abs(x) < 4 * mean].any()
+
+
+def test_two_digits_hold_a_value_that_is_all_of_its_token():
+    x = np.zeros((3, 40_000), np.float32)
+    x[0, 1], x[1, 1] = 3e5, -3e5
+    q, high, step = of_two_digits(x)
+    np.testing.assert_allclose(q[:2, 1] * step[:2, 0], x[:2, 1], rtol=2e-5)
+    assert high.max() == 127 and high.min() == -127 and not q[2].any() and step[2] == 0
+
+
+def test_sums_of_two_digits_stay_within_int32():
+    """However large the values are: a step grows with their mean."""
+    x = np.full((2, 20_000), 1e6, np.float32)
+    x[1, ::2] = 1e3
+    kernel = np.full((8, 20_000), -127, np.int8)
+    got = jax.jit(int8.product, static_argnums=3)(x, kernel, np.ones(8, np.float32), 2)
+    np.testing.assert_allclose(got, x.astype(np.float64) @ kernel.T.astype(np.float64), rtol=0.01)
+
+
+@pytest.mark.parametrize("digits", [1, 2])
+def test_nan_comes_through(digits):
+    x = tokens(3, 64)
+    x[1, 5] = np.nan
+    got = np.asarray(int8.product(jnp.asarray(x), jnp.ones((8, 64), jnp.int8), jnp.ones(8), digits))
+    assert np.isnan(got[1]).all() and np.isfinite(got[[0, 2]]).all()
 
 
 @pytest.mark.parametrize("digits", [1, 2])
@@ -54,8 +90,8 @@ def test_a_product_is_that_of_the_quantized_values(rows, digits):
     rng = np.random.default_rng(3)
     x, kernel = tokens(rows, 64), rng.integers(-127, 128, (40, 64), dtype=np.int8)
     channels = rng.uniform(0.5, 2, 40).astype(np.float32)
-    q, scales = (jax.device_get(part) for part in int8.quantize_tokens(jnp.asarray(x), digits))
-    values = sum(part * scale.astype(np.float64) for part, scale in zip(np.split(q, digits), scales, strict=True))
+    q, step = (np.asarray(part, np.float64) for part in int8.quantize_tokens(jnp.asarray(x), digits))
+    values = sum(256**digit * part for digit, part in enumerate(np.split(q, digits))) * step
     expected = values @ (kernel * channels[:, None].astype(np.float64)).T
     got = np.asarray(jax.jit(int8.product, static_argnums=3)(x, kernel, channels, digits))
     np.testing.assert_allclose(got, expected, rtol=2e-6, atol=1e-6 * np.abs(expected).max())

@@ -11,7 +11,7 @@ import pytest
 from llvmlite import ir
 
 from ryzanstein_jax import native
-from ryzanstein_jax.native.emit import F32, I64, PTR, Code
+from ryzanstein_jax.native.emit import F32, I32, I64, PTR, Code
 from tests.native.processors import PROCESSORS, on
 
 NAMES = (f"function_{number}" for number in itertools.count())
@@ -109,7 +109,8 @@ def test_vectors(lanes):
         rows = [code.read(source, lanes * row) for row in range(lanes)]
         for row, column in enumerate(code.transposed(rows)):
             code.write(column, matrix, lanes * row)
-        code.write(code.sums(rows), sums, 0)
+        for four in range(0, lanes, 4):
+            code.store(code.quarters(rows[four : four + 4]), code.at(sums, four), align=4)
         for row, value in enumerate(rows):
             code.store(code.sum_of(value), code.at(totals, row, F32))
             code.store(code.largest_of(value), code.at(largest, row, F32))
@@ -119,6 +120,31 @@ def test_vectors(lanes):
     np.testing.assert_array_equal(sums, source.sum(axis=1))
     np.testing.assert_array_equal(totals, source.sum(axis=1))
     np.testing.assert_array_equal(largest, source.max(axis=1))
+
+
+@pytest.mark.parametrize("lanes", PROCESSORS)
+def test_numbers_of_int32(lanes):
+    rows = np.random.default_rng(lanes).integers(-(2**30), 2**30, (4, lanes), dtype=np.int32)
+    rows[2], rows[3] = 0, [0] * (lanes - 1) + [1 << 31 - 2]
+    sums, total, is_any, low = (
+        np.empty(4, np.int32),
+        np.empty(1, np.int32),
+        np.empty(4, np.int32),
+        np.empty(lanes, np.int8),
+    )
+
+    def write(code, source, sums, total, is_any, low):
+        read = [code.load(code.at(source, lanes * row, I32), typ=code.ints, align=4) for row in range(4)]
+        code.store(code.quarters(read), code.at(sums, 0, I32), align=4)
+        code.store(code.sum_of(read[0]), code.at(total, 0, I32))
+        for row, value in enumerate(read):
+            code.store(code.zext(code.is_any(value), I32), code.at(is_any, row, I32))
+        code.write_bytes(read[1], low, 0)
+
+    call(lanes, write, rows, sums, total, is_any, low)
+    np.testing.assert_array_equal(sums, rows.sum(axis=1, dtype=np.int32))
+    assert total == rows[0].sum(dtype=np.int32) and list(is_any) == [1, 1, 0, 1]
+    np.testing.assert_array_equal(low, rows[1].astype(np.int8))
 
 
 @pytest.mark.parametrize("lanes", list(PROCESSORS)[:1])

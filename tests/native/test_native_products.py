@@ -11,6 +11,7 @@ from ryzanstein_jax.model import int8
 from ryzanstein_jax.model.layers import product
 from ryzanstein_jax.native import calls
 from ryzanstein_jax.native.products import Shape
+from ryzanstein_jax.native.quantize import Quantize
 from ryzanstein_jax.sharding import make_mesh
 
 #: Rows on both sides of every change of kernel or of tile.
@@ -66,7 +67,7 @@ def test_bfloat16(rows, size, result):
 def test_int8_is_xlas_exact_product_scaled(rows, size, digits):
     rng = np.random.default_rng(rows)
     x = jnp.asarray(rng.standard_normal((rows, size[1])) * 10.0 ** rng.integers(-3, 3, (rows, 1)), jnp.float32)
-    x = x.at[-1].set(0)
+    x = x.at[0, ::9].multiply(40).at[rows // 2, 5].multiply(3000).at[-1].set(0)
     kernel = jnp.asarray(rng.integers(-128, 128, size), jnp.int8)
     scale = jnp.asarray(rng.uniform(0.5, 2, size[0]), jnp.float32)
     wanted = jax.jit(lambda *a: int8.product(*a, digits))(x, kernel, scale)  # without a mesh it is XLA's
@@ -78,27 +79,66 @@ def test_int8_is_xlas_exact_product_scaled(rows, size, digits):
     assert not np.asarray(y)[-1].any(), "a token that is all zero stays zero"
 
 
+@pytest.mark.parametrize("rows", [1, 13, 40])
+@pytest.mark.parametrize("digits", [1, 2])
+def test_int8_lets_nan_through(digits, rows):
+    x = jnp.ones((rows, 64), jnp.float32).at[0, 3].set(jnp.nan)
+    with jax.set_mesh(make_mesh(1)):
+        ours, y = calls_ours(lambda *a: int8.product(*a, digits), x, jnp.ones((64, 64), jnp.int8), jnp.ones(64))
+    assert ours == calls_take(rows * digits, (64, 64), "int8")
+    assert np.isnan(np.asarray(y)[0]).all() and np.isfinite(np.asarray(y)[1:]).all()
+
+
+def quantized(x, digits, rows=0):
+    """What the kernel makes of tokens."""
+    (tokens, inputs), tiles = x.shape, -(-x.shape[0] // max(rows, 1))
+    kernel = Quantize(digits, str(x.dtype), int8.LARGEST[digits], int8.MEAN_STEP, rows)
+    words = jax.ShapeDtypeStruct((tiles, inputs // 4, rows), jnp.int32)
+    lists = jax.ShapeDtypeStruct((tiles, 1 + inputs // 4), jnp.int32)
+    shapes = (
+        words if rows else jax.ShapeDtypeStruct((digits * tokens, inputs), jnp.int8),
+        jax.ShapeDtypeStruct((tokens,), jnp.float32),
+        jax.ShapeDtypeStruct((tokens,), jnp.int32),
+        *([words, lists] if kernel.listed else []),
+    )
+    with jax.set_mesh(make_mesh(1)):
+        found = jax.jit(lambda x: jax.ffi.ffi_call(native.register(kernel), shapes)(x))(x)
+    return [np.asarray(part) for part in found]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("digits", [1, 2])
 def test_tokens_are_quantized_as_xla_does_it(digits, dtype):
-    from ryzanstein_jax.native.products import Quantize
-
     rng = np.random.default_rng(digits)
     x = jnp.asarray(rng.standard_normal((5, 64)), dtype)
-    # Halves between two steps go to the even one.
+    # Halves between two steps go to the even one, by both alike.
     x = x.at[1, :4].set(jnp.asarray([127.0, 0.5, 1.5, -2.5], dtype)).at[1, 4:].set(0).at[2].set(0)
-    shapes = (
-        jax.ShapeDtypeStruct((digits * 5, 64), jnp.int8),
-        jax.ShapeDtypeStruct((5,), jnp.float32),
-        jax.ShapeDtypeStruct((digits * 5,), jnp.float32),
-    )
-    with jax.set_mesh(make_mesh(1)):
-        name = native.register(Quantize(digits, int8.FINER, dtype))
-        q, counts, sums = jax.jit(lambda x: jax.ffi.ffi_call(name, shapes)(x))(x)
-    wanted, scales = jax.jit(lambda x: int8.quantize_tokens(x, digits))(x)
+    x = x.at[3, 7].set(500).at[4, ::8].set(-90)
+    q, steps, sums = quantized(x, digits)
+    wanted, wanted_steps = (np.asarray(part) for part in jax.jit(lambda x: int8.quantize_tokens(x, digits))(x))
     np.testing.assert_array_equal(q, wanted)
-    np.testing.assert_allclose(counts, scales[0][:, 0], rtol=1e-6)
-    np.testing.assert_array_equal(sums, np.asarray(q, np.int64).sum(axis=1))
+    np.testing.assert_allclose(steps, wanted_steps[:, 0], rtol=1e-6)
+    values = sum(256**digit * part.astype(np.int64) for digit, part in enumerate(np.split(q, digits)))
+    np.testing.assert_array_equal(sums, values.sum(axis=1))
+
+
+@pytest.mark.parametrize("digits", [1, 2])
+def test_tiles_hold_the_digits_and_list_the_words_that_have_high_ones(digits):
+    tokens, inputs, rows = 7, 128, 3
+    x = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (tokens, inputs)), jnp.float32)
+    x = x.at[1, 9].set(1e3).at[2, 127].set(-1e3).at[6, 0].set(40.0)  # in tiles 0 and 2, none in tile 1
+    wanted = np.split(quantized(x, digits)[0].view(np.int32), digits)
+    q, steps, sums, *listed = quantized(x, digits, rows)
+    for token in range(tokens):
+        np.testing.assert_array_equal(q[token // rows, :, token % rows], wanted[0][token])
+    assert steps.shape == sums.shape == (tokens,)
+    if digits == 2:
+        high, lists = listed
+        assert [list(line[1 : 1 + line[0]]) for line in lists] == [[9 // 4, 127 // 4], [], [0]]
+        for tile, line in enumerate(lists):
+            for number, word in enumerate(line[1 : 1 + line[0]]):
+                last = [min(tile * rows + row, tokens - 1) for row in range(rows)]
+                np.testing.assert_array_equal(high[tile, number], wanted[1][last, word])
 
 
 @pytest.mark.parametrize("rows", [1, 40])

@@ -13,7 +13,7 @@ from llvmlite import binding
 from ryzanstein_jax import executables, native
 from ryzanstein_jax.executables import ExecutableStore, environment_of
 from ryzanstein_jax.native import KERNELS_VARIABLE, Processor
-from ryzanstein_jax.native.products import Quantize
+from ryzanstein_jax.native.quantize import Quantize
 from ryzanstein_jax.sharding import make_mesh
 from tests.native.programs import arguments, lowered
 from tests.support import quick_compiles
@@ -48,7 +48,7 @@ def test_many_threads_at_once(compiled, result):
 def test_another_process_runs_it_without_tracing_or_compiling(compiled, result, tmp_path):
     store = ExecutableStore(tmp_path / "executables")
     # Of no program: another test may have made many more known than this one calls.
-    native.register(Quantize(1, 1.0, "float32"))
+    native.register(Quantize(1, "float32", 1.0, 1.0))
     assert store.save("k", compiled)
     child = subprocess.run(
         [sys.executable, "-m", "tests.native.child", str(store.folder), "k", str(tmp_path / "result.npy")],
