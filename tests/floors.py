@@ -39,6 +39,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "native.quantize",
         "native.packed",
         "native.calls",
+        "model.activations",
         "model.int8",
         "model.grouped",
         "model.fp8",

@@ -17,6 +17,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from ryzanstein_jax.model.activations import gated
 from ryzanstein_jax.native import calls
 
 #: What so many digits reach, in steps. With two, the high one is 127 there, whichever way rounding goes.
@@ -83,8 +84,9 @@ def with_two_rows(dot: Callable[[jax.Array, jax.Array], jax.Array], x_TI: jax.Ar
 
 
 def product(
-    x_TI: jax.Array, kernel_OI: jax.Array, scale_O: jax.Array, digits: int, *, sharded: str | None = None
-) -> jax.Array:
+    x_TI: jax.Array, kernel_OI: jax.Array, scale_O: jax.Array, digits: int, *, sharded: str | None = None,
+    gate: str | None = None,
+) -> jax.Array:  # fmt: skip
     """x (k c)^T, float32.
 
     Args:
@@ -92,10 +94,13 @@ def product(
         kernel_OI: int8 [O, I].
         scale_O: float32 [O], of each output channel.
         digits: of the activations.
-        sharded: "outputs", if these lie sharded over the mesh.
+        sharded, gate: as `layers.product` takes them; inputs are not sharded.
     """
-    found = calls.sharded_integer_product(x_TI, kernel_OI, scale_O, digits, LARGEST[digits], MEAN_STEP, sharded)
+    constants = LARGEST[digits], MEAN_STEP
+    found = calls.sharded_integer_product(x_TI, kernel_OI, scale_O, digits, *constants, sharded, gate)
     if found is not None:
         return found
+    if gate:
+        return gated(product(x_TI, kernel_OI, scale_O, digits, sharded=sharded), gate)
     q, steps = quantize_tokens(x_TI, digits)
     return scaled(integer_product(q, kernel_OI), digits, steps, scale_O)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ryzanstein_jax.model import fp8, grouped, int8
+from ryzanstein_jax.model.activations import gated
 from ryzanstein_jax.model.quantization import Scheme
 
 _DTYPES = {"int8": jnp.int8, "int4": jnp.int4, "fp8": fp8.FLOAT8}
@@ -48,7 +49,7 @@ def kernel_params(
 
 def quantized_product(
     x_TI: jax.Array, kernel: jax.Array, scale: jax.Array, zero: jax.Array | None, scheme: Scheme,
-    *, sharded: str | None = None,
+    *, sharded: str | None = None, gate: str | None = None,
 ) -> jax.Array:  # fmt: skip
     """x W^T of a quantized kernel, float32 [T, O].
 
@@ -57,20 +58,20 @@ def quantized_product(
         kernel: [output..., input...], as many values in the inputs as those of a token.
         scale, zero: as `kernel_params` makes them.
         scheme: of the kernel.
-        sharded: "outputs", if these lie sharded over the mesh.
+        sharded, gate: as `layers.product` takes them; inputs are not sharded.
     """
     x_TI = x_TI.reshape(x_TI.shape[0], -1)
     inputs = x_TI.shape[1]
     kernel_OI = kernel.reshape(-1, inputs)
     outputs = kernel_OI.shape[0]
     if scheme.kind == "int8":
-        return int8.product(x_TI, kernel_OI, scale.reshape(outputs), scheme.digits, sharded=sharded)
-    if scheme.group:
-        zero = zero if zero is None else zero.reshape(outputs, -1)
-        return grouped.product(x_TI, kernel_OI, scale.reshape(outputs, -1), zero)
-    if scheme.kind == "fp8":
-        return fp8.product(x_TI, kernel_OI, scale.reshape(outputs))
-    return grouped.product(x_TI, kernel_OI, scale.reshape(outputs), zero if zero is None else zero.reshape(outputs))
+        return int8.product(x_TI, kernel_OI, scale.reshape(outputs), scheme.digits, sharded=sharded, gate=gate)
+    if scheme.kind == "fp8" and not scheme.group:
+        y = fp8.product(x_TI, kernel_OI, scale.reshape(outputs))
+    else:
+        shape = (outputs, -1) if scheme.group else (outputs,)
+        y = grouped.product(x_TI, kernel_OI, scale.reshape(shape), zero if zero is None else zero.reshape(shape))
+    return gated(y, gate) if gate else y
 
 
 def experts_product(

@@ -20,26 +20,20 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
+from ryzanstein_jax.model.activations import activation, gated
 from ryzanstein_jax.model.int8 import with_two_rows
 from ryzanstein_jax.model.kernels import experts_product, kernel_params, param, quantized_product
 from ryzanstein_jax.model.quantization import Scheme
 from ryzanstein_jax.model.spec import MoeSpec, RopeSpec
 from ryzanstein_jax.native import calls
 
-
-def activation(name: str) -> Callable[[jax.Array], jax.Array]:
-    return {
-        "silu": jax.nn.silu,
-        "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-        "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-    }[name]
-
-
 #: Rows up to which XLA's CPU product is up to a third faster as (W x^T)^T; from more on, both ways are alike.
 _FEW_ROWS = 64
 
 
-def product(x_TI: jax.Array, kernel_OI: jax.Array, dtype: Any = None, *, sharded: str | None = None) -> jax.Array:
+def product(
+    x_TI: jax.Array, kernel_OI: jax.Array, dtype: Any = None, *, sharded: str | None = None, gate: str | None = None
+) -> jax.Array:
     """x W^T. Both are matrices: of a kernel with more dimensions XLA would make a transposed copy each time.
 
     Args:
@@ -47,11 +41,14 @@ def product(x_TI: jax.Array, kernel_OI: jax.Array, dtype: Any = None, *, sharded
         dtype: of the result; None is that of the operands.
         sharded: "outputs" or "inputs", which dimension of the kernel lies sharded over the mesh. Inputs of `x_TI` lie
             as those of the kernel, and the products of the devices are added up.
+        gate: an activation: outputs lie in pairs, and what comes back is `gated`.
     """
     dtype = x_TI.dtype if dtype is None else dtype
-    found = calls.sharded_product(x_TI, kernel_OI, dtype, sharded)
+    found = calls.sharded_product(x_TI, kernel_OI, dtype, sharded, gate)
     if found is not None:
         return found
+    if gate:
+        return gated(product(x_TI, kernel_OI, dtype, sharded=sharded), gate)
 
     def plain(x_TI: jax.Array, kernel_OI: jax.Array) -> jax.Array:
         return jax.lax.dot_general(x_TI, kernel_OI, (((1,), (1,)), ((), ())), preferred_element_type=dtype)
@@ -89,16 +86,23 @@ class ColumnParallelLinear(nnx.Module):
         self.scheme = scheme
         self.bias = param(out_shape, axes, dtype) if bias else None
 
-    def __call__(self, x_TD: jax.Array) -> jax.Array:
+    def __call__(self, x_TD: jax.Array, gate: str | None = None) -> jax.Array:
+        """y; with an activation for a gate, `gated` of its pairs, [T, F]."""
         kernel = self.kernel[...]
+        # A bias comes before the activation.
+        within = gate if self.bias is None else None
         if self.scheme is None or self.kernel_scale is None:
-            y = product(x_TD, kernel.reshape(-1, kernel.shape[-1]), sharded="outputs")
+            y = product(x_TD, kernel.reshape(-1, kernel.shape[-1]), sharded="outputs", gate=within)
         else:
             zero = None if self.kernel_zero is None else self.kernel_zero[...]
-            y = quantized_product(x_TD, kernel, self.kernel_scale[...], zero, self.scheme, sharded="outputs")
+            scale = self.kernel_scale[...]
+            y = quantized_product(x_TD, kernel, scale, zero, self.scheme, sharded="outputs", gate=within)
             y = y.astype(x_TD.dtype)
+        if within:
+            return y
         y = y.reshape(-1, *kernel.shape[:-1])
-        return y if self.bias is None else y + self.bias[...]
+        y = y if self.bias is None else y + self.bias[...]
+        return gated(y.reshape(y.shape[0], -1), gate) if gate else y
 
 
 class RowParallelLinear(nnx.Module):
@@ -322,8 +326,7 @@ class Mlp(nnx.Module):
         self.act = act
 
     def __call__(self, x_TD: jax.Array) -> jax.Array:
-        y_TF2 = self.gate_up(x_TD)
-        return self.down(activation(self.act)(y_TF2[:, :, 0]) * y_TF2[:, :, 1])
+        return self.down(self.gate_up(x_TD, self.act))
 
 
 class MoeMlp(nnx.Module):

@@ -53,38 +53,49 @@ def _are_many(rows: int, shape: tuple[int, ...], dtype: Any) -> bool:
     return able and rows >= MANY_ROWS[name] and rows * inputs * size <= MOST_BYTES
 
 
+def _gates(gate: str, rows: int, shape: tuple[int, ...], dtype: Any) -> bool:
+    """Whether the kernel for these rows has the activation too."""
+    from ryzanstein_jax.native.packed import GATES
+
+    return gate in GATES and _are_many(rows, shape, dtype)
+
+
 def _per_lane(dtype: str) -> int:
     """Numbers of a lane of 32 bits."""
     return {"float32": 1, "bfloat16": 2 if native.multiplies_pairs() else 1, "int8": 4}[dtype]
 
 
-def sharded_product(x_TI: jax.Array, kernel_OI: jax.Array, dtype: Any, sharded: str | None) -> jax.Array | None:
-    """x W^T, of operands that lie as `model.layers.product` says; None where it is XLA's."""
+def sharded_product(
+    x_TI: jax.Array, kernel_OI: jax.Array, dtype: Any, sharded: str | None, gate: str | None
+) -> jax.Array | None:
+    """x W^T, of operands as `model.layers.product` takes them; None where it is XLA's."""
     if x_TI.dtype != kernel_OI.dtype:
         return None
-    return _by_parts(partial(product, dtype=dtype), x_TI.shape[0], sharded, x_TI, kernel_OI)
+    return _by_parts(partial(product, dtype=dtype, gate=gate), x_TI.shape[0], sharded, gate, x_TI, kernel_OI)
 
 
 def sharded_integer_product(
     x_TI: jax.Array, kernel_OI: jax.Array, scale_O: jax.Array, digits: int, largest: float, mean_step: float,
-    sharded: str | None,
+    sharded: str | None, gate: str | None,
 ) -> jax.Array | None:  # fmt: skip
     """As `model.int8.product`, with numbers of `model.int8` for so many digits; None where it is XLA's."""
-    compute = partial(integer_product, digits=digits, largest=largest, mean_step=mean_step)
-    return _by_parts(compute, digits * x_TI.shape[0], sharded, x_TI, kernel_OI, scale_O)
+    compute = partial(integer_product, digits=digits, largest=largest, mean_step=mean_step, gate=gate)
+    return _by_parts(compute, digits * x_TI.shape[0], sharded, gate, x_TI, kernel_OI, scale_O)
 
 
 def _by_parts(
-    compute: Callable[..., jax.Array], rows: int, sharded: str | None, x_TI: jax.Array, kernel_OI: jax.Array,
-    *scales_O: jax.Array,
+    compute: Callable[..., jax.Array], rows: int, sharded: str | None, gate: str | None, x_TI: jax.Array,
+    kernel_OI: jax.Array, *scales_O: jax.Array,
 ) -> jax.Array | None:  # fmt: skip
     """`compute` of these operands, on each device of what it holds of them; None where kernels do not take that."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.size <= 1 or mesh.manual_axes:
-        return compute(x_TI, kernel_OI, *scales_O) if takes(rows, kernel_OI.shape, kernel_OI.dtype) else None
-    x_spec, kernel_spec, result_spec = _SPECS[sharded]
-    if not takes(rows, _part(kernel_OI.shape, kernel_spec, mesh.size), kernel_OI.dtype):
+    whole = mesh.size <= 1 or mesh.manual_axes
+    x_spec, kernel_spec, result_spec = _SPECS[None if whole else sharded]
+    held = _part(kernel_OI.shape, kernel_spec, mesh.size)
+    if not takes(rows, held, kernel_OI.dtype) or (gate and not _gates(gate, rows, held, kernel_OI.dtype)):
         return None
+    if whole:
+        return compute(x_TI, kernel_OI, *scales_O)
 
     def part(*operands: jax.Array) -> jax.Array:
         found = compute(*operands)
@@ -99,7 +110,7 @@ def _part(shape: tuple[int, ...], spec: PartitionSpec, size: int) -> tuple[int, 
     return tuple(n if axis is None else n // size for n, axis in zip(shape, (*spec, None, None), strict=False))
 
 
-def product(x_TI: jax.Array, kernel_OI: jax.Array, dtype: Any) -> jax.Array:
+def product(x_TI: jax.Array, kernel_OI: jax.Array, dtype: Any, gate: str | None = None) -> jax.Array:
     """x W^T, [T, O] of that dtype; both operands are float32 or both bfloat16, and `takes` said yes."""
     from ryzanstein_jax.native.packed import PackedProduct
     from ryzanstein_jax.native.products import Product, Shape
@@ -107,15 +118,16 @@ def product(x_TI: jax.Array, kernel_OI: jax.Array, dtype: Any) -> jax.Array:
     tokens, outputs, name = x_TI.shape[0], kernel_OI.shape[0], str(kernel_OI.dtype)
     kernel: native.Kernel
     if _are_many(tokens, kernel_OI.shape, kernel_OI.dtype):
-        kernel = PackedProduct(name, str(jnp.dtype(dtype)), PackedProduct.rows_of(tokens))
+        kernel = PackedProduct(name, str(jnp.dtype(dtype)), PackedProduct.rows_of(tokens), gate=gate)
     else:
         kernel = Product(name, str(jnp.dtype(dtype)), Shape.of(tokens, outputs), _per_lane(name) == 2)
-    return _call(kernel, jax.ShapeDtypeStruct((tokens, outputs), dtype), x_TI, kernel_OI)
+    return _call(kernel, jax.ShapeDtypeStruct((tokens, outputs // (2 if gate else 1)), dtype), x_TI, kernel_OI)
 
 
 def integer_product(
-    x_TI: jax.Array, kernel_OI: jax.Array, scale_O: jax.Array, digits: int, largest: float, mean_step: float
-) -> jax.Array:
+    x_TI: jax.Array, kernel_OI: jax.Array, scale_O: jax.Array, digits: int, largest: float, mean_step: float,
+    gate: str | None = None,
+) -> jax.Array:  # fmt: skip
     """As `model.int8.product`, float32 [T, O]."""
     from ryzanstein_jax.native.packed import PackedProduct
     from ryzanstein_jax.native.products import IntegerProduct, Shape
@@ -126,7 +138,7 @@ def integer_product(
     kernel: native.Kernel
     if _are_many(digits * tokens, kernel_OI.shape, kernel_OI.dtype):
         rows = PackedProduct.rows_of(tokens)
-        kernel = PackedProduct("int8", "float32", rows, digits)
+        kernel = PackedProduct("int8", "float32", rows, digits, gate)
         words = jax.ShapeDtypeStruct((-(-tokens // rows), inputs // 4, rows), jnp.int32)
         lists = jax.ShapeDtypeStruct((words.shape[0], 1 + inputs // 4), jnp.int32)
         parts = [words, *per_token, *([words, lists] if digits == 2 else [])]
@@ -135,7 +147,7 @@ def integer_product(
         kernel = IntegerProduct(digits, Shape.of(tokens, outputs, digits))
         parts = [jax.ShapeDtypeStruct((digits * tokens, inputs), jnp.int8), *per_token]
     q, steps, sums, *high = _call(Quantize(digits, str(x_TI.dtype), largest, mean_step, rows), parts, x_TI)
-    result = jax.ShapeDtypeStruct((tokens, outputs), jnp.float32)
+    result = jax.ShapeDtypeStruct((tokens, outputs // (2 if gate else 1)), jnp.float32)
     return _call(kernel, result, q, kernel_OI, steps, sums, scale_O, *high)
 
 

@@ -199,7 +199,7 @@ class Code(ir.IRBuilder):
         lanes = lanes or self.lanes
         empty = ir.Constant(ir.VectorType(value.type, lanes), ir.Undefined)
         first = self.insert_element(empty, value, ir.Constant(I32, 0))
-        return self.shuffle_vector(first, first, _indices([0] * lanes))
+        return self.shuffle_vector(first, first, indices([0] * lanes))
 
     def multiply_add(self, a: Any, b: Any, c: Any) -> Any:
         """a * b + c, rounded once."""
@@ -242,7 +242,7 @@ class Code(ir.IRBuilder):
         width = self.lanes
         while width > 1:
             width //= 2
-            value = self.larger(*(self.shuffle_vector(value, value, _indices(range(k, k + width))) for k in (0, width)))
+            value = self.larger(*(self.shuffle_vector(value, value, indices(range(k, k + width))) for k in (0, width)))
         return self.extract_element(value, ir.Constant(I32, 0))
 
     def exp(self, value: Any) -> Any:
@@ -262,6 +262,12 @@ class Code(ir.IRBuilder):
         power = self.bitcast(self.shl(exponent, self.number(23)), self.vector)
         return self.select(nothing, self.vec(0.0), self.fmul(total, power))
 
+    def sigmoid(self, value: Any) -> Any:
+        """1 / (1 + e^-x), by e^-|x|."""
+        power = self.exp(self.fneg(self.size_of(value)))
+        negative = self.fcmp_ordered("<", value, self.vec(0.0))
+        return self.fdiv(self.select(negative, power, self.vec(1.0)), self.fadd(self.vec(1.0), power))
+
     def exp_scalar(self, value: Any) -> Any:
         return self.extract_element(self.exp(self.splat(value)), ir.Constant(I32, 0))
 
@@ -270,7 +276,7 @@ class Code(ir.IRBuilder):
         lanes = range(self.lanes)
         keep = [lane - step + self.lanes if lane & step else lane for lane in lanes]
         move = [lane + self.lanes if lane & step else lane + step for lane in lanes]
-        return self.shuffle_vector(a, b, _indices(keep)), self.shuffle_vector(a, b, _indices(move))
+        return self.shuffle_vector(a, b, indices(keep)), self.shuffle_vector(a, b, indices(move))
 
     def transposed(self, rows: Sequence[Any]) -> list[Any]:
         """As many vectors as each has lanes, as a matrix, transposed."""
@@ -290,7 +296,7 @@ class Code(ir.IRBuilder):
         total = rows[0]
         while width > 4:
             width //= 2
-            parts = [self.shuffle_vector(total, total, _indices(range(k, k + width))) for k in (0, width)]
+            parts = [self.shuffle_vector(total, total, indices(range(k, k + width))) for k in (0, width)]
             total = self._sum(*parts)
         return total
 
@@ -301,7 +307,7 @@ class Code(ir.IRBuilder):
             places = [four + half + k for four in range(0, self.lanes, 4) for k in range(2)]
             pieces = zip(*(iter(places),) * size, strict=True)
             halves.append([place + other for piece in pieces for other in (0, self.lanes) for place in piece])
-        return self.shuffle_vector(a, b, _indices(halves[0])), self.shuffle_vector(a, b, _indices(halves[1]))
+        return self.shuffle_vector(a, b, indices(halves[0])), self.shuffle_vector(a, b, indices(halves[1]))
 
     def _sum(self, a: Any, b: Any) -> Any:
         return self.fadd(a, b) if a.type.element == F32 else self.add(a, b)
@@ -317,7 +323,7 @@ class Code(ir.IRBuilder):
         return self.call(function, arguments, fastmath=FAST if returns in (F32, self.vector) else ())
 
 
-def _indices(lanes: Iterable[int]) -> ir.Constant:
+def indices(lanes: Iterable[int]) -> ir.Constant:
     """Of `shuffle_vector`."""
     constants = [ir.Constant(I32, lane) for lane in lanes]
     return ir.Constant(ir.VectorType(I32, len(constants)), constants)

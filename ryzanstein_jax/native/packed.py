@@ -9,20 +9,32 @@ two bfloat16 or four int8, whose products a lane adds up.
 from __future__ import annotations
 
 import itertools
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from llvmlite import ir
 
-from ryzanstein_jax.native.emit import BF16, I32, Code
+from ryzanstein_jax.native.emit import BF16, I32, Code, indices
 from ryzanstein_jax.native.products import raised, scaled
 from ryzanstein_jax.native.xla import Buffers, add_handler
 
 #: Most rows of a tile: with two vectors of outputs, sums for them fill three quarters of 32 registers.
 MOST_ROWS = 12
 _VECTORS = 2
+_WORDS_PER_LINE = 16
 _X, _W = 0, 1
 _HIGH, _LISTS = 5, 6
+#: Activations x * sigmoid(f(x)), and their f.
+GATES: dict[str, Callable[[Code, Any], Any]] = {
+    "silu": lambda code, x: x,
+    # 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))), for tanh(u) = 2 sigmoid(2 u) - 1
+    "gelu_tanh": lambda code, x: code.fmul(
+        code.fmul(x, code.vec(math.sqrt(8 / math.pi))),
+        code.multiply_add(code.fmul(x, x), code.vec(0.044715), code.vec(1.0)),
+    ),
+}
 _PER_WORD = {"float32": 1, "bfloat16": 2, "int8": 4}
 
 
@@ -36,12 +48,14 @@ class PackedProduct:
         result: dtype of the result.
         rows: of a tile.
         digits: of int8, 1 or 2.
+        gate: an activation of `GATES`: outputs lie in pairs, and of each the result has activation(first) * second.
     """
 
     dtype: str
     result: str
     rows: int
     digits: int = 1
+    gate: str | None = None
 
     @classmethod
     def rows_of(cls, tokens: int) -> int:
@@ -64,12 +78,16 @@ class _Task:
         self.tokens, self.outputs = buffers.dim(len(self.data) - 1, 0), buffers.dim(_W, 0)
         self.words = code.calc(buffers.dim(_W, 1), "/", _PER_WORD[kernel.dtype])
         self.columns = _VECTORS * code.lanes
+        self.threads = buffers.threads()
 
     def write(self, task: Any) -> None:
         code, kernel = self.code, self.kernel
         first = code.calc(task, "*", self.columns)
         packed = self._pack(first)
+        self.soon = self._next_weights(task)
         with code.loop(0, self.tokens, kernel.rows) as top:
+            # The first two tiles ask for them, a cache line with each word: as many as there are.
+            self.lines = code.calc(code.least(code.calc(top, "/", kernel.rows), 1), "*", self.words)
             # What is left over at the end is computed several times, and comes out the same.
             tokens = [code.least(code.calc(top, "+", t), code.calc(self.tokens, "-", 1)) for t in range(kernel.rows)]
             sums = [[code.variable(self._zero()) for _ in range(_VECTORS)] for _ in tokens]
@@ -78,12 +96,22 @@ class _Task:
             else:
                 rows = [code.at(self.data[_X], code.calc(token, "*", self.words), I32) for token in tokens]
                 with code.loop(0, self.words) as word:
+                    self._ask_for_weights(word)
                     self._add_word(packed, word, [code.at(row, word, I32) for row in rows], sums)
             for token, places in zip(tokens, sums, strict=True):
-                for v, place in enumerate(places):
-                    output = code.calc(first, "+", v * code.lanes)
-                    result = self._result(token, output, code.load(place))
-                    code.write(result, self.data[-1], code.calc(token, "*", self.outputs, "+", output), kernel.result)
+                outputs = [code.calc(first, "+", v * code.lanes) for v in range(_VECTORS)]
+                results = [self._result(token, output, code.load(p)) for output, p in zip(outputs, places, strict=True)]
+                if kernel.gate:
+                    results = [self._gated(kernel.gate, *results)]
+                begin = code.calc(token, "*", self.outputs, "+", first, "/", _VECTORS // len(results))
+                for v, result in enumerate(results):
+                    code.write(result, self.data[-1], code.calc(begin, "+", v * code.lanes), kernel.result)
+
+    def _gated(self, gate: str, a: Any, b: Any) -> Any:
+        """Of pairs that lie one behind the other in a and b."""
+        code = self.code
+        x, y = (code.shuffle_vector(a, b, indices(range(k, 2 * code.lanes, 2))) for k in range(2))
+        return code.fmul(code.fmul(x, code.sigmoid(GATES[gate](code, x))), y)
 
     def _add_tile(self, packed: Any, tile: Any, sums: list[list[Any]]) -> None:
         """Adds the products of a tile of int8, high digits first."""
@@ -97,7 +125,18 @@ class _Task:
             for place in itertools.chain(*sums):
                 code.store(raised(code, code.load(place)), place)
         with code.loop(0, self.words) as word:
+            self._ask_for_weights(word)
             self._add_word(packed, word, self._rows(_X, code.calc(first, "+", word)), sums)
+
+    def _next_weights(self, task: Any) -> Any:
+        """Where the weights lie of the task that this thread may well take next: memory is idle until then."""
+        code = self.code
+        last = code.calc(self.outputs, "/", self.columns, "-", 1)
+        number = code.least(code.calc(task, "+", self.threads), last)
+        return code.at(self.data[_W], code.calc(number, "*", self.columns, "*", self.words), I32)
+
+    def _ask_for_weights(self, word: Any) -> None:
+        self.code.prefetch(self.soon, self.code.calc(self.lines, "+", word, "*", _WORDS_PER_LINE), I32)
 
     def _rows(self, operand: int, number: Any) -> list[Any]:
         """Where the rows of a word in tiles are."""

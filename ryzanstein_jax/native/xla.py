@@ -38,7 +38,7 @@ class Buffers:
     """
 
     def __init__(self, code: Code, frame: Any, operands: int, results: int):
-        self._code, self._buffers = code, []
+        self._code, self._frame, self._buffers = code, frame, []
         for offset, count in ((_FRAME_ARGS, operands), (_FRAME_RESULTS, results)):
             table = _field(code, frame, offset)
             self._buffers += [code.load(code.at(table, number, PTR), typ=PTR) for number in range(count)]
@@ -48,6 +48,10 @@ class Buffers:
         """Size of an axis, int64."""
         dims = _field(self._code, self._buffers[number], _BUFFER_DIMS)
         return self._code.load(self._code.at(dims, axis, I64), typ=I64)
+
+    def threads(self) -> Any:
+        """How many threads there are to share a call, int64."""
+        return _num_threads(self._code, self._frame)
 
 
 def add_handler(

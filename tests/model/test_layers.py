@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from ryzanstein_jax.model.activations import activation
 from ryzanstein_jax.model.layers import (
     AllHeadsRMSNorm,
     ColumnParallelLinear,
@@ -14,7 +15,6 @@ from ryzanstein_jax.model.layers import (
     RMSNorm,
     RowParallelLinear,
     VocabParallelEmbedding,
-    activation,
     apply_rope,
     rope_tables,
 )

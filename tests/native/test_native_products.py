@@ -8,6 +8,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from ryzanstein_jax import native
 from ryzanstein_jax.model import int8
+from ryzanstein_jax.model.activations import gated
 from ryzanstein_jax.model.layers import product
 from ryzanstein_jax.native import calls
 from ryzanstein_jax.native.products import Shape
@@ -139,6 +140,38 @@ def test_tiles_hold_the_digits_and_list_the_words_that_have_high_ones(digits):
             for number, word in enumerate(line[1 : 1 + line[0]]):
                 last = [min(tile * rows + row, tokens - 1) for row in range(rows)]
                 np.testing.assert_array_equal(high[tile, number], wanted[1][last, word])
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize(("gate", "rows"), [("silu", 2), ("silu", 70), ("gelu_tanh", 70), ("gelu", 70)])
+def test_gated(gate, rows, kind):
+    """activation(first) * second of each pair, also of values that an exponential does not reach."""
+    dtype = "bfloat16" if kind == "bfloat16" else "float32"
+    x, kernel = operands(rows, (128, 64), dtype)
+    x = x.at[0].multiply(40).at[1].set(0)
+    if kind == "int8":
+        kernel, scale = jnp.clip(kernel * 40, -128, 127).astype(jnp.int8), jnp.full(128, 1 / 40, jnp.float32)
+
+        def run(x, kernel, gate):
+            return int8.product(x, kernel, scale, 2, gate=gate)
+    else:
+
+        def run(x, kernel, gate):
+            return product(x, kernel, gate=gate)
+
+    pairs = jax.jit(lambda x, kernel: run(x, kernel, None).astype(jnp.float32))(x, kernel)
+    wanted = np.asarray(gated(pairs, gate), np.float64)
+    digits = 2 if kind == "int8" else 1
+    with jax.set_mesh(make_mesh(1)):
+        ours, y = calls_ours(lambda x, kernel: run(x, kernel, gate), x, kernel)
+        by_kernel = gate != "gelu" and calls._are_many(digits * rows, (128, 64), kernel.dtype)
+        text = jax.jit(lambda x, kernel: run(x, kernel, gate)).lower(x, kernel).as_text()
+    assert ours == calls_take(digits * rows, (128, 64), kernel.dtype)
+    assert ("stablehlo.multiply" in text) != by_kernel, "one kernel does all of it where it can"
+    assert y.shape == (rows, 64) and y.dtype == dtype and not np.asarray(y[1]).any()
+    # Of a sigmoid, up to 1, times the pair; products in bfloat16 were rounded before the activation in what is wanted.
+    size = np.abs(pairs[:, ::2] * pairs[:, 1::2])
+    assert (np.abs(np.asarray(y, np.float64) - wanted) <= (3e-2 if kind == "bfloat16" else 1e-5) * (size + 0.01)).all()
 
 
 @pytest.mark.parametrize("rows", [1, 40])
