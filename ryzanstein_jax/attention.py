@@ -108,8 +108,8 @@ def max_shared(decodes: int, table_width: int, page_size: int) -> int:
 
 def attend(
     q_TKQH: jax.Array,
-    k_TKH: jax.Array,
-    v_TKH: jax.Array,
+    k_TKH: jax.Array | None,
+    v_TKH: jax.Array | None,
     keys: Pages,
     values: Pages,
     plan: AttentionPlan,
@@ -121,7 +121,7 @@ def attend(
     """Stores the new keys and values, then attends.
 
     Args:
-        q_TKQH, k_TKH, v_TKH: of this step's tokens, rotated.
+        q_TKQH, k_TKH, v_TKH: of this step's tokens, rotated; no keys and values where the pages have them.
         keys, values: the layer's `kv_cache.Pages`, [P, K, page, H].
         scale: multiplies the scores.
         window: attend to that many last positions only, the token's own included.
@@ -144,8 +144,9 @@ def attend(
 
 
 def _attend_shard(q_TKQH, k_TKH, v_TKH, keys, values, plan, *, scale, window, softcap):  # type: ignore[no-untyped-def]
-    keys = kv_cache.write(keys, k_TKH, plan.slots_T)
-    values = kv_cache.write(values, v_TKH, plan.slots_T)
+    if k_TKH is not None:
+        keys = kv_cache.write(keys, k_TKH, plan.slots_T)
+        values = kv_cache.write(values, v_TKH, plan.slots_T)
     settings = {"scale": scale, "window": window, "softcap": softcap}
     if has_kernel(keys.shape[-1]):
         out_TKQH = attend_by_kernel(q_TKQH, keys, values, plan, **settings)

@@ -26,6 +26,7 @@ from ryzanstein_jax.batch import Bucket, FullRowLayout, RowLayout, StepLayout, a
 from ryzanstein_jax.budget import resolve_kv_dtype
 from ryzanstein_jax.executables import ExecutableStore, environment_of, program_key
 from ryzanstein_jax.history import history_counts
+from ryzanstein_jax.host_memory import return_host_memory
 from ryzanstein_jax.kv_cache import KVCache
 from ryzanstein_jax.memory import memory_analysis
 from ryzanstein_jax.metrics import Metrics
@@ -368,7 +369,9 @@ class StepPrograms:
             if postponed:
                 self.metrics.count("compiles")
             return self.store.compile(key, lower(size))
-        if not postponed:
+        if postponed:
+            return_host_memory()  # what the load left would lie there until the next one, beside a step's temporaries
+        else:
             self.metrics.count("executables_loaded")
         return compiled
 

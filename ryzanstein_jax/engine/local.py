@@ -26,16 +26,14 @@ from ryzanstein_jax.config import EngineConfig
 from ryzanstein_jax.engine.open import open_model, save_tokenizer
 from ryzanstein_jax.engine.process import (
     prepare_process,
-    return_host_memory,
-    settle_host_memory,
     step_back,
-    use_huge_pages,
 )
 from ryzanstein_jax.engine.profiled import ProfiledRunner, profile_folder
 from ryzanstein_jax.engine.report import RankUsage, SetupReport
 from ryzanstein_jax.engine.runner import Runner
 from ryzanstein_jax.engine.usage import UsageMeter
 from ryzanstein_jax.errors import ConfigError
+from ryzanstein_jax.host_memory import return_host_memory, settle_host_memory, use_huge_pages
 from ryzanstein_jax.memory import device_bytes, plan_memory, weight_bytes
 from ryzanstein_jax.metrics import Metrics
 from ryzanstein_jax.model.decoder import Decoder

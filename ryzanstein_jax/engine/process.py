@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
-import sys
 import threading
-from collections.abc import Iterable
 from pathlib import Path
 
 import jax
@@ -47,52 +44,3 @@ def step_back() -> None:
     """Gives this thread a tenth of a processor where others want it; with the lowest priority it might get none."""
     with contextlib.suppress(OSError):
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
-
-
-def return_host_memory() -> None:
-    """Gives the system back what the C library keeps of memory that was freed: loading programs leaves plenty."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def settle_host_memory() -> None:
-    """Returns what compiling and loading left, and from now on has glibc reuse large blocks.
-
-    XLA allocates a program's temporaries anew for each run. Returned each time, every page of them
-    costs a page fault: reading the KV cache measured two to six times slower.
-    """
-    m_trim_threshold, m_top_pad, m_mmap_threshold = -1, -2, -3
-    return_host_memory()
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        libc = ctypes.CDLL(None)
-        libc.mallopt(m_mmap_threshold, 1 << 30)
-        libc.mallopt(m_trim_threshold, 1 << 30)
-        libc.mallopt(m_top_pad, 64 << 20)
-
-
-def use_huge_pages(arrays: Iterable[jax.Array]) -> int:
-    """Asks Linux to move arrays in host memory to pages of 2 MiB, where they lie: reading weights gets faster.
-
-    Without it the processor spends part of each sweep on finding where 4 KiB pages are. Moving takes about a second
-    for 4 GB, and changes neither contents nor addresses.
-
-    Returns:
-        How many bytes lie in such pages now, at most; 0 where the system has none to give.
-    """
-    page, advise, collapse = 2 << 20, 14, 25  # MADV_HUGEPAGE, MADV_COLLAPSE (Linux 6.1)
-    if not sys.platform.startswith("linux"):
-        return 0
-    madvise, moved = ctypes.CDLL(None).madvise, 0
-    madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    buffers = [shard.data for array in arrays for shard in array.addressable_shards]
-    ranges: list[list[int]] = []
-    for begin, size in sorted((buffer.unsafe_buffer_pointer(), buffer.nbytes) for buffer in buffers):
-        if ranges and begin - ranges[-1][1] < page:  # small ones lie side by side: a page may hold parts of two
-            ranges[-1][1] = begin + size
-        else:
-            ranges.append([begin, begin + size])
-    for begin, end in ranges:
-        first, last = -(-begin // page) * page, end // page * page
-        if last > first and not madvise(first, last - first, advise) and not madvise(first, last - first, collapse):
-            moved += last - first
-    return moved

@@ -26,6 +26,7 @@ from ryzanstein_jax.model.layers import (
     replicate,
     rope_tables,
 )
+from ryzanstein_jax.model.rotation import rotate_and_store
 from ryzanstein_jax.model.spec import LayerSpec, ModelSpec
 from ryzanstein_jax.sharding import PaddedSizes
 
@@ -62,10 +63,15 @@ class Attention(nnx.Module):
         self, x_TD: jax.Array, keys: Pages, values: Pages, plan: AttentionPlan, rope: Rope
     ) -> tuple[jax.Array, Pages, Pages]:
         qkv_TKGH = self.qkv(x_TD)
-        q_TKQH, k_TKH, v_TKH = qkv_TKGH[:, :, :-2], qkv_TKGH[:, :, -2], qkv_TKGH[:, :, -1]
-        if self.q_norm is not None and self.k_norm is not None:
-            q_TKQH, k_TKH = self.q_norm(q_TKQH), self.k_norm(k_TKH)
-        q_TKQH, k_TKH = apply_rope(q_TKQH, *rope), apply_rope(k_TKH, *rope)
+        k_TKH: jax.Array | None
+        v_TKH: jax.Array | None
+        if self.q_norm is None and (stored := rotate_and_store(qkv_TKGH, *rope, plan.slots_T, keys, values)):
+            (q_TKQH, keys, values), k_TKH, v_TKH = stored, None, None
+        else:
+            q_TKQH, k_TKH, v_TKH = qkv_TKGH[:, :, :-2], qkv_TKGH[:, :, -2], qkv_TKGH[:, :, -1]
+            if self.q_norm is not None and self.k_norm is not None:
+                q_TKQH, k_TKH = self.q_norm(q_TKQH), self.k_norm(k_TKH)
+            q_TKQH, k_TKH = apply_rope(q_TKQH, *rope), apply_rope(k_TKH, *rope)
         out_TKQH, keys, values = attend(
             q_TKQH, k_TKH, v_TKH, keys, values, plan, scale=self.scale, window=self.window, softcap=self.softcap
         )

@@ -12,8 +12,8 @@ from ryzanstein_jax.engine import local
 from ryzanstein_jax.engine.engine import Engine
 from ryzanstein_jax.engine.local import LocalExecutor
 from ryzanstein_jax.engine.open import open_model
-from ryzanstein_jax.engine.process import use_huge_pages
 from ryzanstein_jax.errors import ConfigError, EngineClosedError, MemoryBudgetError
+from ryzanstein_jax.host_memory import use_huge_pages
 from ryzanstein_jax.memory import weight_bytes
 from ryzanstein_jax.plan import StepPlan, StepResult
 from ryzanstein_jax.request import SamplingParams
