@@ -39,6 +39,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "native.quantize",
         "native.packed",
         "native.rotate",
+        "native.norm",
         "native.calls",
         "model.activations",
         "model.int8",

@@ -257,6 +257,9 @@ class RMSNorm(nnx.Module):
         self.eps, self.offset = eps, offset
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        found = calls.norm(x, self.scale[...], self.eps, self.offset)
+        if found is not None:
+            return found
         x32 = x.astype(jnp.float32)
         y = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
         return (y * (self.scale[...].astype(jnp.float32) + self.offset)).astype(x.dtype)

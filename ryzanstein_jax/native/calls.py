@@ -1,4 +1,4 @@
-"""Which products the kernels of `products` take, and their calls.
+"""Which products and norms kernels take, and their calls.
 
 Array names end in their dims: T tokens, I inputs, O outputs.
 """
@@ -149,6 +149,20 @@ def integer_product(
     q, steps, sums, *high = _call(Quantize(digits, str(x_TI.dtype), largest, mean_step, rows), parts, x_TI)
     result = jax.ShapeDtypeStruct((tokens, outputs // (2 if gate else 1)), jnp.float32)
     return _call(kernel, result, q, kernel_OI, steps, sums, scale_O, *high)
+
+
+def norm(x: jax.Array, scale_D: jax.Array, eps: float, offset: float) -> jax.Array | None:
+    """As `model.layers.RMSNorm`, of the last dimension; None where it is XLA's: on several devices it always is."""
+    lanes, mesh = native.lanes(), jax.sharding.get_abstract_mesh()
+    known = x.dtype == scale_D.dtype and str(x.dtype) in ("float32", "bfloat16")
+    if not lanes or mesh.size > 1 or not known or x.size == 0 or x.shape[-1] % lanes:
+        return None
+    from ryzanstein_jax.native.norm import Norm
+
+    rows_ND = x.reshape(-1, x.shape[-1])
+    result = jax.ShapeDtypeStruct(rows_ND.shape, x.dtype)
+    y: jax.Array = _call(Norm(str(x.dtype), eps, offset), result, rows_ND, scale_D)
+    return y.reshape(x.shape)
 
 
 def _call(kernel: native.Kernel, results: Any, *operands: jax.Array) -> Any:

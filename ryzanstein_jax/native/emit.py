@@ -223,6 +223,10 @@ class Code(ir.IRBuilder):
         name = {16: "512", 8: "256", 4: "128"}[self.lanes]
         return self._intrinsic(f"llvm.x86.avx512.vpdpbusd.{name}", self.ints, total, unsigned, signed)
 
+    def root(self, value: Any) -> Any:
+        """The square root."""
+        return self._intrinsic(f"llvm.sqrt.{self._suffix(value)}", value.type, value)
+
     def larger(self, a: Any, b: Any) -> Any:
         return self.select(self.fcmp_ordered(">", a, b, flags=("nsz",)), a, b)
 
