@@ -58,9 +58,9 @@ _IRRELEVANT = (
 #: Of this package, what no program can depend on; every other file counts as one that programs are made of.
 _NOT_IN_PROGRAMS = {
     "__init__.py", "__main__.py", "async_llm.py", "cache.py", "checkpoint", "cli.py", "collectives", "commands",
-    "communication.py", "config.py", "demo.py", "doctor", "engine", "errors.py", "fleet.py", "host_memory.py",
-    "llm.py", "machine.py", "metrics.py", "nccl.py", "orchestrator", "planner", "progress.py", "replicas.py",
-    "request.py", "server", "start.py", "streams.py", "structured_outputs.py",
+    "communication.py", "config.py", "demo.py", "doctor", "engine", "errors.py", "fleet.py", "llm.py", "machine.py",
+    "metrics.py", "nccl.py", "orchestrator", "planner", "progress.py", "replicas.py", "request.py", "server",
+    "start.py", "streams.py", "structured_outputs.py",
 }  # fmt: skip
 
 
