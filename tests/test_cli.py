@@ -41,7 +41,8 @@ def test_info_shows_what_a_model_takes_at_each_width():
     assert widths[1]["weights"] == facts["parameters"]
     assert widths[1]["padding"] == 0
     assert widths[8]["weights"] < widths[4]["weights"] < widths[2]["weights"] < widths[1]["weights"]
-    assert "parameters" in CliRunner().invoke(app, ["info", GOLDEN]).stdout
+    shown = CliRunner().invoke(app, ["info", GOLDEN], env={"COLUMNS": "80"}).stdout
+    assert "parameters" in shown and "padding" in shown and "…" not in shown, "all of it fits a terminal"
 
 
 def test_a_mistake_is_one_line_without_a_traceback():

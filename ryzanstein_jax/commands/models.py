@@ -63,29 +63,12 @@ def info(
     for name, value in facts.items():
         table.add_row(name, f"{value:,}" if isinstance(value, int) else str(value))
     console.print(table)
-    table = Table(
-        "devices",
-        "weights, f32",
-        "weights, bf16",
-        "weights, int8",
-        "weights, int4",
-        "weights, fp8",
-        "KV per token, f32",
-        "KV per token, bf16",
-        "KV per token, int8 or fp8",
-        "padding",
-    )
+    weights = Table("devices", "float32", "bfloat16", "int8", "int4", "fp8", "padding", title="weights per device, MiB")
+    cache = Table("devices", "float32", "bfloat16", "int8 or fp8", title="KV cache per token and device, KiB")
     for width in widths:
-        table.add_row(
-            str(width.width),
-            f"{width.weights * 4 / 2**20:,.1f} MiB",
-            f"{width.weights * 2 / 2**20:,.1f} MiB",
-            f"{width.int8_bytes / 2**20:,.1f} MiB",
-            f"{width.int4_bytes / 2**20:,.1f} MiB",
-            f"{width.fp8_bytes / 2**20:,.1f} MiB",
-            f"{width.kv_values * 4 / 2**10:,.1f} KiB",
-            f"{width.kv_values * 2 / 2**10:,.1f} KiB",
-            f"{width.kv_8bit_bytes / 2**10:,.1f} KiB",
-            f"{width.padding:.0%}",
-        )
-    console.print(table)
+        held = width.weights * 4, width.weights * 2, width.int8_bytes, width.int4_bytes, width.fp8_bytes
+        weights.add_row(str(width.width), *(f"{size / 2**20:,.1f}" for size in held), f"{width.padding:.0%}")
+        entries = width.kv_values * 4, width.kv_values * 2, width.kv_8bit_bytes
+        cache.add_row(str(width.width), *(f"{size / 2**10:,.1f}" for size in entries))
+    console.print(weights)
+    console.print(cache)

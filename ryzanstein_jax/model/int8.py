@@ -5,9 +5,8 @@
 With one digit q is int8, and s[t] = max_i |x[t, i]| / 127. With two it has sixteen bits, q = 256 high + low, and a step
 s[t] that suits most of a token's values: then low digits say them, and high digits are zero but for outliers.
 
-The sum is exact, in int32. With one digit 133,000 products of 127 x 127 fit; with two half a million, for magnitudes of
-a token's q sum up to at most 127 / 4 for each input, and a half for rounding. Array names end in their dims: T tokens,
-I inputs, O outputs.
+The sum is exact, in int32: at most 133,000 products of 127 x 127 fit. Outliers do not count for more, for a token's
+magnitudes have no larger mean than 127 / 4 steps then. Array names end in their dims: T tokens, I inputs, O outputs.
 """
 
 from __future__ import annotations
@@ -20,10 +19,10 @@ import jax.numpy as jnp
 from ryzanstein_jax.model.activations import gated
 from ryzanstein_jax.native import calls
 
-#: What so many digits reach, in steps. With two, the high one is 127 there, whichever way rounding goes.
-LARGEST = {1: 127.0, 2: 127 * 256.0}
-#: A step of two digits in mean magnitudes of a token, so that low digits reach four of these: chosen by measurement,
-#: docs/quantization.md.
+#: What one digit reaches, in steps; two reach 256 times as far, whichever way rounding goes.
+LARGEST = 127.0
+#: Most that a step of two digits is, in mean magnitudes of a token: low digits reach four of these, or all values if
+#: these reach no farther. Chosen by measurement, docs/quantization.md.
 MEAN_STEP = 4 / 127
 
 
@@ -42,9 +41,11 @@ def quantize_tokens(x: jax.Array, digits: int = 1) -> tuple[jax.Array, jax.Array
         where a token is all zero, NaN where one of its values is.
     """
     x = x.astype(jnp.float32)
-    step = jnp.max(jnp.abs(x), axis=-1, keepdims=True) * (1 / LARGEST[digits])
+    largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
+    step = largest * (1 / LARGEST)
     if digits == 2:
-        step = jnp.maximum(step, jnp.mean(jnp.abs(x), axis=-1, keepdims=True) * MEAN_STEP)
+        mean = jnp.mean(jnp.abs(x), axis=-1, keepdims=True)
+        step = jnp.maximum(largest * (1 / (256 * LARGEST)), jnp.minimum(step, mean * MEAN_STEP))
     q = jnp.round(x * jnp.where(step > 0, 1 / step, 0.0)).astype(jnp.int32)
     if digits == 2:
         high = (q + 128) >> 8
@@ -87,7 +88,7 @@ def product(
     x_TI: jax.Array, kernel_OI: jax.Array, scale_O: jax.Array, digits: int, *, sharded: str | None = None,
     gate: str | None = None,
 ) -> jax.Array:  # fmt: skip
-    """x (k c)^T, float32.
+    """x (k c)^T, float32 [T, O], or [T, O / 2] with a gate.
 
     Args:
         x_TI: activations, [T, I].
@@ -96,8 +97,7 @@ def product(
         digits: of the activations.
         sharded, gate: as `layers.product` takes them; inputs are not sharded.
     """
-    constants = LARGEST[digits], MEAN_STEP
-    found = calls.sharded_integer_product(x_TI, kernel_OI, scale_O, digits, *constants, sharded, gate)
+    found = calls.sharded_integer_product(x_TI, kernel_OI, scale_O, digits, MEAN_STEP, sharded, gate)
     if found is not None:
         return found
     if gate:

@@ -75,11 +75,13 @@ def sharded_product(
 
 
 def sharded_integer_product(
-    x_TI: jax.Array, kernel_OI: jax.Array, scale_O: jax.Array, digits: int, largest: float, mean_step: float,
-    sharded: str | None, gate: str | None,
+    x_TI: jax.Array, kernel_OI: jax.Array, scale_O: jax.Array, digits: int, mean_step: float, sharded: str | None,
+    gate: str | None,
 ) -> jax.Array | None:  # fmt: skip
-    """As `model.int8.product`, with numbers of `model.int8` for so many digits; None where it is XLA's."""
-    compute = partial(integer_product, digits=digits, largest=largest, mean_step=mean_step, gate=gate)
+    """As `model.int8.product`, with its `MEAN_STEP`; None where it is XLA's."""
+    if str(x_TI.dtype) not in ("float32", "bfloat16"):
+        return None
+    compute = partial(integer_product, digits=digits, mean_step=mean_step, gate=gate)
     return _by_parts(compute, digits * x_TI.shape[0], sharded, gate, x_TI, kernel_OI, scale_O)
 
 
@@ -92,7 +94,10 @@ def _by_parts(
     whole = mesh.size <= 1 or mesh.manual_axes
     x_spec, kernel_spec, result_spec = _SPECS[None if whole else sharded]
     held = _part(kernel_OI.shape, kernel_spec, mesh.size)
-    if not takes(rows, held, kernel_OI.dtype) or (gate and not _gates(gate, rows, held, kernel_OI.dtype)):
+    if not takes(rows, held, kernel_OI.dtype):
+        return None
+    # Of a part of the inputs there are no activations yet.
+    if gate and ((sharded == "inputs" and not whole) or not _gates(gate, rows, held, kernel_OI.dtype)):
         return None
     if whole:
         return compute(x_TI, kernel_OI, *scales_O)
@@ -111,7 +116,8 @@ def _part(shape: tuple[int, ...], spec: PartitionSpec, size: int) -> tuple[int, 
 
 
 def product(x_TI: jax.Array, kernel_OI: jax.Array, dtype: Any, gate: str | None = None) -> jax.Array:
-    """x W^T, [T, O] of that dtype; both operands are float32 or both bfloat16, and `takes` said yes."""
+    """x W^T, [T, O] of that dtype, or [T, O / 2] with a gate; both operands are float32 or both bfloat16, and `takes`
+    said yes."""
     from ryzanstein_jax.native.packed import PackedProduct
     from ryzanstein_jax.native.products import Product, Shape
 
@@ -125,10 +131,10 @@ def product(x_TI: jax.Array, kernel_OI: jax.Array, dtype: Any, gate: str | None 
 
 
 def integer_product(
-    x_TI: jax.Array, kernel_OI: jax.Array, scale_O: jax.Array, digits: int, largest: float, mean_step: float,
+    x_TI: jax.Array, kernel_OI: jax.Array, scale_O: jax.Array, digits: int, mean_step: float,
     gate: str | None = None,
 ) -> jax.Array:  # fmt: skip
-    """As `model.int8.product`, float32 [T, O]."""
+    """As `model.int8.product`, float32 [T, O], or [T, O / 2] with a gate."""
     from ryzanstein_jax.native.packed import PackedProduct
     from ryzanstein_jax.native.products import IntegerProduct, Shape
     from ryzanstein_jax.native.quantize import Quantize
@@ -146,7 +152,7 @@ def integer_product(
         rows = 0
         kernel = IntegerProduct(digits, Shape.of(tokens, outputs, digits))
         parts = [jax.ShapeDtypeStruct((digits * tokens, inputs), jnp.int8), *per_token]
-    q, steps, sums, *high = _call(Quantize(digits, str(x_TI.dtype), largest, mean_step, rows), parts, x_TI)
+    q, steps, sums, *high = _call(Quantize(digits, str(x_TI.dtype), mean_step, rows), parts, x_TI)
     result = jax.ShapeDtypeStruct((tokens, outputs // (2 if gate else 1)), jnp.float32)
     return _call(kernel, result, q, kernel_OI, steps, sums, scale_O, *high)
 

@@ -29,6 +29,8 @@ from ryzanstein_jax.native.emit import F32, I8, I32
 DECODE_SPAN = 256
 #: Keys that are multiplied at a time: few enough for registers.
 _KEYS = 4
+#: Vectors of positions that rows are asked for ahead.
+_AHEAD = 2
 _CACHE_LINE = 64
 _BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 
@@ -55,7 +57,8 @@ class DecodeTask(Task):
         begin = code.calc(self.begin, "/", lanes, "*", lanes)
         with code.loop(begin, self.length, DECODE_SPAN) as first:
             end = code.least(code.calc(first, "+", DECODE_SPAN), self.length)
-            self._ask_for_rows(VALUES, self._row(first))
+            for group in range(_AHEAD):
+                self._ask_for_rows(VALUES, self._row(code.calc(first, "+", group * lanes)))
             tops = self._score(first, end)
             for i, top in enumerate(tops):
                 self._lower(maximum[i], i, code.largest_of(top))
@@ -72,7 +75,7 @@ class DecodeTask(Task):
         code, lanes = self.code, self.code.lanes
         tops = [code.variable(code.vec(NOTHING)) for _ in self.query_parts]
         with code.loop(first, end, lanes) as position:
-            row, soon = self._row(position), self._row(code.calc(position, "+", 2 * lanes))
+            row, soon = self._row(position), self._row(code.calc(position, "+", _AHEAD * lanes))
             offset = code.calc(position, "-", first)
             with code.loop(0, lanes, _KEYS) as lane:
                 self._multiply(code.calc(row, "+", lane), code.calc(soon, "+", lane), code.calc(offset, "+", lane))
@@ -111,7 +114,7 @@ class DecodeTask(Task):
         """Makes weights of a block's scores, and adds up the values with them."""
         code, lanes = self.code, self.code.lanes
         with code.loop(first, end, lanes) as position:
-            row, soon = self._row(position), self._row(code.calc(position, "+", 2 * lanes))
+            row, soon = self._row(position), self._row(code.calc(position, "+", _AHEAD * lanes))
             offset = code.calc(position, "-", first)
             for i, largest in enumerate(maximum):
                 place = self._score_at(i, offset)

@@ -86,7 +86,7 @@ class _Task:
         packed = self._pack(first)
         self.soon = self._next_weights(task)
         with code.loop(0, self.tokens, kernel.rows) as top:
-            # The first two tiles ask for them, a cache line with each word: as many as there are.
+            # A cache line with each word: the first tile asks for half of them, the others for the other half.
             self.lines = code.calc(code.least(code.calc(top, "/", kernel.rows), 1), "*", self.words)
             # What is left over at the end is computed several times, and comes out the same.
             tokens = [code.least(code.calc(top, "+", t), code.calc(self.tokens, "-", 1)) for t in range(kernel.rows)]

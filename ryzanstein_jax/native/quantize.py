@@ -12,6 +12,7 @@ from ryzanstein_jax.native.xla import Buffers, add_handler
 
 #: Tokens of a task where products do not take them by tiles.
 _TOKENS = 4
+_LARGEST = 127.0
 _X, _DIGITS, _STEPS, _SUMS, _HIGH, _LISTS = range(6)
 
 
@@ -28,13 +29,12 @@ class Quantize:
 
     Attributes:
         dtype: of x.
-        largest, mean_step: `model.int8.LARGEST` of so many digits, and `MEAN_STEP`.
+        mean_step: `model.int8.MEAN_STEP`.
         rows: tokens of a tile; 0 where there are none.
     """
 
     digits: int
     dtype: str
-    largest: float
     mean_step: float
     rows: int = 0
 
@@ -63,7 +63,8 @@ class _Task:
 
     def write(self, task: Any, tokens: int) -> None:
         code = self.code
-        with code.loop(0, tokens) as row:
+        left = code.calc(self.tokens, "-", code.calc(task, "*", tokens))
+        with code.loop(0, tokens if self.kernel.rows else code.least(left, tokens)) as row:
             # The last one again where a tile has more rows: what comes of them is thrown away.
             token = code.least(code.calc(task, "*", tokens, "+", row), code.calc(self.tokens, "-", 1))
             self._token(token, code.calc(task, "*", self.words, "*", tokens, "+", row))
@@ -102,10 +103,12 @@ class _Task:
     def _step(self, largest: Any, total: Any) -> Any:
         """What a step counts. Of NaN it is NaN, which the largest may have missed, but not the sum."""
         code, kernel = self.code, self.kernel
-        step = code.fmul(largest, code.num(1 / kernel.largest))
+        step = code.fmul(largest, code.num(1 / _LARGEST))
         if kernel.digits == 2:
             mean = code.fdiv(total, code.sitofp(self.inputs, total.type))
-            step = code.larger(step, code.fmul(mean, code.num(kernel.mean_step)))
+            suited = code.fmul(mean, code.num(kernel.mean_step))
+            suited = code.select(code.fcmp_ordered("<", step, suited), step, suited)
+            step = code.larger(code.fmul(largest, code.num(1 / (256 * _LARGEST))), suited)
         return code.select(code.fcmp_unordered("uno", total, total), total, step)
 
     def _write_words(self, digits: Any, words: Any, place: Any, i: Any) -> None:

@@ -69,11 +69,18 @@ def test_two_digits_hold_a_value_that_is_all_of_its_token():
 
 def test_sums_of_two_digits_stay_within_int32():
     """However large the values are: a step grows with their mean."""
-    x = np.full((2, 20_000), 1e6, np.float32)
+    x = np.full((2, 100_000), 1e6, np.float32)
     x[1, ::2] = 1e3
-    kernel = np.full((8, 20_000), -127, np.int8)
+    kernel = np.full((8, 100_000), -127, np.int8)
     got = jax.jit(int8.product, static_argnums=3)(x, kernel, np.ones(8, np.float32), 2)
-    np.testing.assert_allclose(got, x.astype(np.float64) @ kernel.T.astype(np.float64), rtol=0.01)
+    np.testing.assert_allclose(got, x.astype(np.float64) @ kernel.T.astype(np.float64), rtol=1e-3)
+
+
+def test_two_digits_are_never_coarser_than_one():
+    rng = np.random.default_rng(5)
+    x = np.stack([np.ones(64), rng.uniform(-1, 1, 64), rng.standard_normal(64)]).astype(np.float32)
+    steps = [np.asarray(int8.quantize_tokens(jnp.asarray(x), digits)[1]) for digits in (1, 2)]
+    assert (steps[1] <= steps[0]).all() and steps[1][0] == steps[0][0]
 
 
 @pytest.mark.parametrize("digits", [1, 2])

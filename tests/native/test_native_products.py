@@ -90,10 +90,20 @@ def test_int8_lets_nan_through(digits, rows):
     assert np.isnan(np.asarray(y)[0]).all() and np.isfinite(np.asarray(y)[1:]).all()
 
 
+@pytest.mark.parametrize("rows", [1, 40])
+def test_int8_of_other_floats_is_xlas(rows):
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((rows, 64)), jnp.float16)
+    kernel, scale = jnp.ones((64, 64), jnp.int8), jnp.ones(64)
+    with jax.set_mesh(make_mesh(1)):
+        ours, y = calls_ours(lambda *a: int8.product(*a, 2), x, kernel, scale)
+    assert not ours
+    np.testing.assert_allclose(y[:, 0], np.asarray(x, np.float32).sum(axis=1), atol=0.3)
+
+
 def quantized(x, digits, rows=0):
     """What the kernel makes of tokens."""
     (tokens, inputs), tiles = x.shape, -(-x.shape[0] // max(rows, 1))
-    kernel = Quantize(digits, str(x.dtype), int8.LARGEST[digits], int8.MEAN_STEP, rows)
+    kernel = Quantize(digits, str(x.dtype), int8.MEAN_STEP, rows)
     words = jax.ShapeDtypeStruct((tiles, inputs // 4, rows), jnp.int32)
     lists = jax.ShapeDtypeStruct((tiles, 1 + inputs // 4), jnp.int32)
     shapes = (
@@ -193,6 +203,30 @@ def test_sharded(sharded, width, rows):
         ours, y = calls_ours(lambda x, kernel: product(x, kernel, sharded=sharded), *placed)
     assert ours == calls_take(rows, (256, 256), "float32")
     np.testing.assert_allclose(y, np.asarray(x) @ np.asarray(kernel).T, atol=1e-3)
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize("gate", ["silu", None])
+@pytest.mark.parametrize(("kind", "sharded"), [("float32", "outputs"), ("float32", "inputs"), ("int8", "outputs")])
+def test_sharded_gates_and_int8(kind, sharded, gate, rows):
+    """The same as on one device; a gate is for the whole sum."""
+    x, kernel = operands(rows, (256, 256))
+    if kind == "int8":
+        kernel, scale = jnp.clip(kernel * 40, -128, 127).astype(jnp.int8), jnp.full(256, 1 / 40, jnp.float32)
+
+    def run(x, kernel):
+        if kind == "int8":
+            return int8.product(x, kernel, scale, 2, sharded=sharded, gate=gate)
+        return product(x, kernel, sharded=sharded, gate=gate)
+
+    spec = (PartitionSpec(None, "tp"),) * 2 if sharded == "inputs" else (PartitionSpec(), PartitionSpec("tp"))
+    mesh = make_mesh(2)
+    placed = [jax.device_put(one, NamedSharding(mesh, s)) for one, s in zip((x, kernel), spec, strict=True)]
+    wanted = jax.jit(lambda *a: run(*a))(x, kernel)
+    with jax.set_mesh(mesh):
+        ours, y = calls_ours(run, *placed)
+    assert ours
+    np.testing.assert_allclose(y, wanted, rtol=1e-4, atol=1e-2)
 
 
 def test_what_they_do_not_take(monkeypatch):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
+import jax
 import numpy as np
 import pytest
 from llvmlite import binding
@@ -45,10 +46,28 @@ def test_many_threads_at_once(compiled, result):
                 np.testing.assert_array_equal(found, result)
 
 
+def test_a_program_that_xla_does_not_print_is_not_kept(compiled, monkeypatch, tmp_path):
+    """Which kernels it calls is not known then, and without these it would crash."""
+    assert native.called_by(compiled)
+
+    class Silent:
+        def as_text(self):
+            return None
+
+    with pytest.raises(ValueError, match="not known"):
+        native.called_by(Silent())
+    with monkeypatch.context() as patched:
+        patched.setattr(jax.stages.Compiled, "as_text", lambda self: None)
+        store = ExecutableStore(tmp_path / "executables")
+        assert not store.save("k", compiled) and not list(store.folder.iterdir())
+    monkeypatch.setattr(native, "_registered", {})
+    assert native.called_by(Silent()) == (), "there are none: nothing has to be printed"
+
+
 def test_another_process_runs_it_without_tracing_or_compiling(compiled, result, tmp_path):
     store = ExecutableStore(tmp_path / "executables")
     # Of no program: another test may have made many more known than this one calls.
-    native.register(Quantize(1, "float32", 1.0, 1.0))
+    native.register(Quantize(1, "float32", 1.0))
     assert store.save("k", compiled)
     child = subprocess.run(
         [sys.executable, "-m", "tests.native.child", str(store.folder), "k", str(tmp_path / "result.npy")],

@@ -8,17 +8,19 @@ import pytest
 from ryzanstein_jax import native
 from ryzanstein_jax.native import calls
 from ryzanstein_jax.sharding import make_mesh
+from tests.native.processors import PROCESSORS, on
 
 
+@pytest.mark.parametrize("lanes", PROCESSORS)
 @pytest.mark.parametrize("offset", [0.0, 1.0])
 @pytest.mark.parametrize("shape", [(1, 64), (8, 576), (9, 80), (5, 2, 3, 64)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_as_numpy(dtype, shape, offset):
+def test_as_numpy(dtype, shape, offset, lanes):
     rng = np.random.default_rng(len(shape))
     x = jnp.asarray(rng.standard_normal(shape) * 10.0 ** rng.integers(-4, 4, (*shape[:-1], 1)), dtype)
     x = x.at[-1].set(0)
     scale = jnp.asarray(rng.standard_normal(shape[-1]), dtype)
-    with jax.set_mesh(make_mesh(1)):
+    with on(lanes), jax.set_mesh(make_mesh(1)):
         y = jax.jit(lambda x, scale: calls.norm(x, scale, 1e-5, offset))(x, scale)
     assert y.dtype == dtype and y.shape == shape and not np.asarray(y[-1]).any()
     wide = np.asarray(x, np.float64)

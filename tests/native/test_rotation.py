@@ -14,6 +14,7 @@ from ryzanstein_jax.model.layers import apply_rope, rope_tables
 from ryzanstein_jax.model.rotation import rotate_and_store
 from ryzanstein_jax.model.spec import RopeSpec
 from ryzanstein_jax.sharding import make_mesh, named_sharding
+from tests.native.processors import PROCESSORS, on
 
 PAGES, PAGE = 6, 16
 #: Tokens on both sides of a task; the first are padding, which goes to the page that nobody reads.
@@ -49,13 +50,18 @@ def by_operations(qkv, cos, sin, slots, keys, values):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
-    ("slots", "queries", "head_dim", "width"), [(3, 3, 64, 1), (1, 1, 32, 1), (2, 4, 128, 2), (4, 2, 96, 4)]
-)
-def test_the_same_as_by_operations(slots, queries, head_dim, width, dtype):
+    ("slots", "queries", "head_dim", "width", "lanes"),
+    [
+        *((3, 3, 64, 1, lanes) for lanes in PROCESSORS),
+        *((2, 4, 128, 2, lanes) for lanes in PROCESSORS),
+        (1, 1, 32, 1, max(PROCESSORS)), (4, 2, 96, 4, max(PROCESSORS)), (2, 1, 24, 1, min(PROCESSORS)),
+    ],
+)  # fmt: skip
+def test_the_same_as_by_operations(slots, queries, head_dim, width, lanes, dtype):
     mesh, given = operands(slots, queries, head_dim, dtype, width)
     wanted = [np.asarray(part, np.float32) for part in by_operations(*given)]
     before = [np.asarray(part, np.float32) for part in given[-2:]]
-    with jax.set_mesh(mesh):
+    with on(lanes), jax.set_mesh(mesh):
         run = jax.jit(rotate_and_store, donate_argnums=(4, 5)).lower(*given).compile()
         found = run(*given)
     assert "ryzanstein.RotateAndStore" in run.as_text()
@@ -78,6 +84,16 @@ def test_pages_are_written_where_they_lie():
         found = compiled(*given)
     assert [pages.unsafe_buffer_pointer() for pages in found[1:]] == places
     assert " copy(" not in compiled.as_text()
+
+
+def test_pages_that_are_used_again_stay_as_they_are():
+    mesh, given = operands(3, 3, 64, "float32")
+    before = [np.asarray(pages).copy() for pages in given[-2:]]
+    with jax.set_mesh(mesh):
+        _, keys, values = jax.jit(rotate_and_store)(*given)
+    for pages, old, new in zip(given[-2:], before, (keys, values), strict=True):
+        np.testing.assert_array_equal(pages, old)
+        assert (np.asarray(new) != old).any()
 
 
 def test_what_it_does_not_take(monkeypatch):
