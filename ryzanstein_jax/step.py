@@ -364,13 +364,15 @@ class StepPrograms:
         if self.store is None:
             return lower(size).compile()
         key = self._key(kind, size)
+        if postponed:
+            return_host_memory()  # so that the load does not come on top of what steps left in pieces
         compiled = self.store.load(key, self.mesh)
         if compiled is None:
             if postponed:
                 self.metrics.count("compiles")
             return self.store.compile(key, lower(size))
         if postponed:
-            return_host_memory()  # what the load left would lie there until the next one, beside a step's temporaries
+            return_host_memory()  # nor the next step on top of what the load left
         else:
             self.metrics.count("executables_loaded")
         return compiled
