@@ -227,8 +227,9 @@ def test_no_file_names_one_machine() -> None:
 
 
 def test_nothing_is_left_open_or_switched_off() -> None:
-    # What this test forbids: the words stand here to be searched for, and leave nothing out themselves.
-    left = r"\b(TODO|FIXME|XXX)\b|pragma:\s*no cover|\b(pytest|mark|unittest)\.(skip|skipif|xfail|importorskip)\b"
+    # What this test forbids, spelled so that it does not find itself.
+    words = r"\b(TOD[O]|FIXM[E]|XX[X])\b|pragma:\s*no cove[r]"
+    left = words + r"|\b(pytest|mark|unittest)\.([s]kip(if)?|[x]fail|[i]mportorskip)\b"
     # Only what needs an extra may leave itself out: gigabytes of torch for `hf`, lm-eval, Ray and a browser.
     found = [place for place in lines_with(re.compile(left), {".py", ".sh"}) if place not in LEFT_OUT]
     assert found == []

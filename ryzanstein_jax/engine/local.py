@@ -24,10 +24,7 @@ from ryzanstein_jax.checkpoint.files import SNAPSHOT_POOLING, ModelFiles, open_s
 from ryzanstein_jax.checkpoint.source import WeightSource
 from ryzanstein_jax.config import EngineConfig
 from ryzanstein_jax.engine.open import open_model, save_tokenizer
-from ryzanstein_jax.engine.process import (
-    prepare_process,
-    step_back,
-)
+from ryzanstein_jax.engine.process import prepare_process, step_back
 from ryzanstein_jax.engine.profiled import ProfiledRunner, profile_folder
 from ryzanstein_jax.engine.report import RankUsage, SetupReport
 from ryzanstein_jax.engine.runner import Runner

@@ -153,7 +153,7 @@ class Code(ir.IRBuilder):
         if dtype == "int8":
             return self.sitofp(self.sext(value, self.ints), self.vector)
         # bfloat16 is the upper half of a float32.
-        wide = self.shl(self.zext(value, self.ints), ir.Constant(self.ints, [16] * self.lanes))
+        wide = self.shl(self.zext(value, self.ints), self.number(16))
         return self.bitcast(wide, self.vector)
 
     def write(self, value: Any, base: Any, index: Any, dtype: str = "float32") -> None:
@@ -180,6 +180,10 @@ class Code(ir.IRBuilder):
     def lowest_bytes(self, value: Any) -> Any:
         """Of each number of a vector of int32."""
         return self.trunc(value, ir.VectorType(I8, self.lanes))
+
+    def unsigned_bytes(self, words: Any) -> Any:
+        """Four int8 in each int32, each with 128 added."""
+        return self.xor(words, self.number(0x80808080 - (1 << 32)))
 
     def variable(self, value: Any) -> Any:
         """A variable with a first value, for `load` and `store`; it ends up in a register."""

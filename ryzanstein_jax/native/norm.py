@@ -8,7 +8,7 @@ from typing import Any
 from llvmlite import ir
 
 from ryzanstein_jax.native.emit import F32, Code
-from ryzanstein_jax.native.xla import Buffers, add_handler
+from ryzanstein_jax.native.xla import Buffers, add_rows_handler
 
 #: Rows of a task.
 _ROWS = 8
@@ -29,15 +29,7 @@ class Norm:
     offset: float
 
     def add_to(self, module: ir.Module, name: str, lanes: int) -> None:
-        def count(code: Code, buffers: Buffers) -> Any:
-            return code.calc(buffers.dim(_X, 0), "+", _ROWS - 1, "/", _ROWS)
-
-        def task(code: Code, buffers: Buffers, number: Any) -> None:
-            first = code.calc(number, "*", _ROWS)
-            with code.loop(first, code.least(code.calc(first, "+", _ROWS), buffers.dim(_X, 0))) as row:
-                self._write_row(code, buffers, row)
-
-        add_handler(module, name, lanes, 2, 1, count, task)
+        add_rows_handler(module, name, lanes, 2, 1, _ROWS, self._write_row)
 
     def _write_row(self, code: Code, buffers: Buffers, row: Any) -> None:
         data, features = buffers.data, buffers.dim(_X, 1)

@@ -175,11 +175,11 @@ class _Task:
         """int8 weights w as w + 128, unsigned."""
         if self.kernel.dtype != "int8":
             return words
-        return self.code.xor(words, ir.Constant(self.code.ints, [0x80808080 - (1 << 32)] * self.code.lanes))
+        return self.code.unsigned_bytes(words)
 
     def _zero(self) -> Any:
         code = self.code
-        return ir.Constant(code.ints, [0] * code.lanes) if self.kernel.dtype == "int8" else code.vec(0.0)
+        return code.number(0) if self.kernel.dtype == "int8" else code.vec(0.0)
 
     def _as_operand(self, words: Any) -> Any:
         code, dtype = self.code, self.kernel.dtype

@@ -228,14 +228,13 @@ class _IntegerTile(_Tile):
         self.digits = kernel.digits
 
     def zero(self) -> Any:
-        return ir.Constant(self.code.ints, [0] * self.code.lanes)
+        return self.code.number(0)
 
     def values(self, place: Any, i: Any) -> Any:
         return self.code.load(self.code.at(place, i, I8), typ=self.code.ints, align=1)
 
     def weights(self, place: Any, i: Any) -> Any:
-        flip = ir.Constant(self.code.ints, [0x80808080 - (1 << 32)] * self.code.lanes)
-        return self.code.xor(self.values(place, i), flip)
+        return self.code.unsigned_bytes(self.values(place, i))
 
     def added(self, total: Any, values: Any, weights: Any) -> Any:
         return self.code.bytes_added(total, weights, values)

@@ -12,6 +12,7 @@ from ryzanstein_jax.native.xla import Buffers, add_handler
 
 #: Tokens of a task where products do not take them by tiles.
 _TOKENS = 4
+#: `model.int8.LARGEST`.
 _LARGEST = 127.0
 _X, _DIGITS, _STEPS, _SUMS, _HIGH, _LISTS = range(6)
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from llvmlite import ir
 
 from ryzanstein_jax.native.emit import F32, I16, I32, Code
-from ryzanstein_jax.native.xla import Buffers, add_handler
+from ryzanstein_jax.native.xla import Buffers, add_rows_handler
 
 #: Tokens of a task.
 _TOKENS = 8
@@ -41,15 +41,7 @@ class RotateAndStore:
         return self.head_dim % (2 * lanes) == 0 and self.dtype in ("float32", "bfloat16")
 
     def add_to(self, module: ir.Module, name: str, lanes: int) -> None:
-        def count(code: Code, buffers: Buffers) -> Any:
-            return code.calc(buffers.dim(_QKV, 0), "+", _TOKENS - 1, "/", _TOKENS)
-
-        def task(code: Code, buffers: Buffers, number: Any) -> None:
-            first = code.calc(number, "*", _TOKENS)
-            with code.loop(first, code.least(code.calc(first, "+", _TOKENS), buffers.dim(_QKV, 0))) as token:
-                self._write_token(code, buffers, token)
-
-        add_handler(module, name, lanes, _VALUES + 1, 3, count, task)
+        add_rows_handler(module, name, lanes, _VALUES + 1, 3, _TOKENS, self._write_token)
 
     def _write_token(self, code: Code, buffers: Buffers, token: Any) -> None:
         data, slots, half = buffers.data, buffers.dim(_QKV, 1), self.head_dim // 2

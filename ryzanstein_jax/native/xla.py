@@ -100,6 +100,28 @@ def add_handler(
     code.ret(ir.Constant(PTR, None))
 
 
+def add_rows_handler(
+    module: ir.Module,
+    name: str,
+    lanes: int,
+    operands: int,
+    results: int,
+    rows: int,
+    write: Callable[[Code, Buffers, Any], None],
+) -> None:
+    """As `add_handler`, of tasks that are so many rows of the first operand; `write` writes code for one of them."""
+
+    def count(code: Code, buffers: Buffers) -> Any:
+        return code.calc(buffers.dim(0, 0), "+", rows - 1, "/", rows)
+
+    def task(code: Code, buffers: Buffers, number: Any) -> None:
+        first = code.calc(number, "*", rows)
+        with code.loop(first, code.least(code.calc(first, "+", rows), buffers.dim(0, 0))) as row:
+            write(code, buffers, row)
+
+    add_handler(module, name, lanes, operands, results, count, task)
+
+
 def _add_share(module: ir.Module, name: str, run: ir.Function) -> tuple[ir.Function, ir.Function]:
     """Two functions of the shared state: one does tasks until none is left, the other also gives the state up."""
     loop = ir.Function(module, ir.FunctionType(ir.VoidType(), [PTR]), f"{name}.loop")
