@@ -52,10 +52,7 @@ def run(order: dict[str, Any]) -> None:
         jax.config.update("jax_cuda_visible_devices", ",".join(map(str, range(order["devices"]))))
     if processes > 1:
         runtime.join(order["address"], rank, processes, hosted=order["hosted"])
-    before = runtime.threads()
     found = jax.device_count()
-    if processes > 1:
-        runtime.quiet_new_threads(before)
     wanted = processes * order["devices"]
     if found != wanted:
         say("failed", message=f"{found} devices were found, not {wanted}")

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import os
 from collections.abc import Mapping
+from typing import Any
 
 from ryzanstein_jax.collectives.settings import Setting, apply_nccl, settings_in_force
 from ryzanstein_jax.nccl import GLOO_INTERFACE_VARIABLE
@@ -29,9 +30,7 @@ def prepare(slot: int, devices: int, local_index: int, local_count: int, given: 
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.config.update("jax_num_cpu_devices", devices)
         apply_nccl(os.environ, several=False)
-        interface = os.environ.get(GLOO_INTERFACE_VARIABLE)
-        if interface:
-            _bind_gloo(interface)
+        _arrange_gloo(os.environ.get(GLOO_INTERFACE_VARIABLE))
         return settings_in_force(before, given, backend="gloo" if slot >= 0 else "xla")
     if slot >= 0:
         jax.config.update("jax_cuda_visible_devices", str(slot))
@@ -39,12 +38,35 @@ def prepare(slot: int, devices: int, local_index: int, local_count: int, given: 
     return settings_in_force(before, given, backend="nccl", several=slot < 0)
 
 
-def _bind_gloo(interface: str) -> None:
-    """Has Gloo listen on a network interface. JAX leaves it to the address of the host's name, and takes no other."""
+def _arrange_gloo(interface: str | None) -> None:
+    """Has Gloo's thread run at the lowest priority, and listen on a network interface where one is given.
+
+    That thread polls without a pause, and would take the processor from those that compute: with it, decoding on two
+    ranks measured three times slower. XLA's own threads have to keep their priority: at the lowest, any other program
+    on their processors would bring steps to a standstill. So it is found as the one that making Gloo starts.
+
+    Which interface it listens on JAX leaves to the address of the host's name, and takes no other.
+    """
     from jaxlib import _jax
 
-    if hasattr(_jax, "make_gloo_tcp_collectives"):
-        _jax.make_gloo_tcp_collectives = functools.partial(_jax.make_gloo_tcp_collectives, interface=interface)
+    if not hasattr(_jax, "make_gloo_tcp_collectives"):
+        return
+    make = functools.partial(_jax.make_gloo_tcp_collectives, **({"interface": interface} if interface else {}))
+
+    def make_quietly(**settings: Any) -> Any:
+        before = _threads()
+        made = make(**settings)
+        for thread in _threads() - before:
+            with contextlib.suppress(OSError, AttributeError):
+                os.sched_setscheduler(thread, os.SCHED_IDLE, os.sched_param(0))
+        return made
+
+    _jax.make_gloo_tcp_collectives = make_quietly
+
+
+def _threads() -> set[int]:
+    """This process's."""
+    return {int(name) for name in os.listdir("/proc/self/task")}
 
 
 def platform_is_cpu() -> bool:
@@ -82,22 +104,6 @@ def join(address: str, rank: int, num_processes: int, *, hosted: bool) -> None:
     )
     state.client.connect()
     state.process_id, state.num_processes = rank, num_processes
-
-
-def quiet_new_threads(before: set[str]) -> None:
-    """Gives threads that came after `before` the lowest priority.
-
-    Gloo's thread polls without a pause, and would take the processor from the one that computes: with it, decoding
-    on two ranks measured three times slower.
-    """
-    for thread in set(os.listdir("/proc/self/task")) - before:
-        with contextlib.suppress(OSError, AttributeError):
-            os.sched_setscheduler(int(thread), os.SCHED_IDLE, os.sched_param(0))
-
-
-def threads() -> set[str]:
-    """This process's threads, as `quiet_new_threads` takes them."""
-    return set(os.listdir("/proc/self/task"))
 
 
 def share_of_processors(index: int, count: int) -> set[int]:

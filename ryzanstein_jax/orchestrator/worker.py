@@ -70,9 +70,7 @@ class Worker:
         settings = runtime.prepare(spec.slot, count, spec.local_index, spec.local_count, spec.environment)
         if spec.num_processes > 1:
             runtime.join(spec.address, spec.rank, spec.num_processes, hosted=spec.hosted)
-        before = runtime.threads()
         reports = [report_device(device, index, spec.rank) for index, device in enumerate(jax.local_devices())]
-        runtime.quiet_new_threads(before)
         self._beat.phase = Phase.WAITING
         self._control.send_json(
             Kind.HELLO,

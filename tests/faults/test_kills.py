@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -43,6 +44,16 @@ def expected(llm: AsyncLLM) -> list[list[CompletionOutput]]:
 
 def test_an_undisturbed_run_repeats(llm: AsyncLLM, expected: list[list[CompletionOutput]]) -> None:
     same(run_streams(llm), expected)
+
+
+def test_of_a_ranks_threads_only_the_one_of_gloo_gives_way_to_other_programs(llm: AsyncLLM) -> None:
+    """Steps all but stand still on a processor that others use too where XLA's own threads do."""
+    for pid in pids(llm):
+        folders = Path(f"/proc/{pid}/task").iterdir()
+        names = {int(folder.name): (folder / "comm").read_text().strip() for folder in folders}
+        yielding = [thread for thread in names if os.sched_getscheduler(thread) == os.SCHED_IDLE]
+        assert "tf_XLAExecute" in names.values() and len(yielding) == 1
+        assert not names[yielding[0]].startswith("tf_")
 
 
 @pytest.mark.parametrize("ranks", [(0,), (-1,), ()], ids=["first", "last", "all"])
