@@ -27,7 +27,7 @@ from ryzanstein_jax.native.attention_parts import (
     Task,
 )  # fmt: skip
 from ryzanstein_jax.native.decode_attention import DECODE_SPAN, DecodeTask
-from ryzanstein_jax.native.emit import I32, Code
+from ryzanstein_jax.native.emit import ELEMENTS, I8, I32, Code
 from ryzanstein_jax.native.prompt_attention import PromptTask
 from ryzanstein_jax.native.xla import Buffers, add_handler
 
@@ -40,7 +40,8 @@ class Attention:
         head_dim, queries, page_size: sizes; head_dim and page_size are multiples of the lanes.
         tile: most queries of a prompt's tile.
         dtype: of queries and results: "float32" or "bfloat16".
-        pages: dtype of keys and values: the same, or "int8" with a scale for each position (`kv_cache.QuantizedPages`).
+        pages: dtype of keys and values: the same, or "int8" or "float8_e4m3fn" with a scale for each position
+            (`kv_cache.QuantizedPages`).
         scale, window, softcap: as `attention.attend` takes them.
     """
 
@@ -54,10 +55,15 @@ class Attention:
     window: int | None
     softcap: float | None
 
+    @property
+    def has_scales(self) -> bool:
+        """Whether numbers of the pages take 8 bits."""
+        return ELEMENTS.get(self.pages) is I8
+
     def runs_with(self, lanes: int) -> bool:
         """Whether vectors of so many numbers divide pages and heads, and a task fits the stack of a thread."""
         divided = self.page_size % lanes == 0 and self.head_dim % lanes == 0
-        known = self.dtype in ("float32", "bfloat16") and self.pages in (self.dtype, "int8")
+        known = self.dtype in ("float32", "bfloat16") and (self.has_scales or self.pages == self.dtype)
         return divided and known and self.stack_bytes(lanes) <= MOST_STACK_BYTES
 
     def span(self, lanes: int) -> int:
@@ -76,7 +82,7 @@ class Attention:
         def task(code: Code, buffers: Buffers, number: Any) -> None:
             _Task(self, code, buffers).write(number)
 
-        add_handler(module, name, lanes, OPERANDS + 2 * (self.pages == "int8"), 1, _count, task)
+        add_handler(module, name, lanes, OPERANDS + 2 * self.has_scales, 1, _count, task)
 
 
 def _count(code: Code, buffers: Buffers) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ryzanstein_jax.native.emit import F32, I8, I16, I32, Code
+from ryzanstein_jax.native.emit import ELEMENTS, I32, Code
 from ryzanstein_jax.native.xla import Buffers
 
 MASKED = -1e30
@@ -21,7 +21,7 @@ BLOCK_BYTES = 32 << 10
 HEIGHT = 6
 OPERANDS = 10
 (Q, KEYS, VALUES, DECODE_TABLES, DECODE_LENS, TABLES, STARTS, SEQS, POSITIONS, LENS) = range(OPERANDS)
-#: Further operands, of pages in int8: what each key and each value counts.
+#: Further operands, of pages in 8 bits: what each key and each value counts.
 KEY_SCALES, VALUE_SCALES = OPERANDS, OPERANDS + 1
 #: The result comes after all operands.
 OUT = -1
@@ -35,7 +35,7 @@ class Task:
         self.data = buffers.data
         self.slots, self.decodes = buffers.dim(KEYS, 1), buffers.dim(DECODE_LENS, 0)
         self.parts = kernel.head_dim // code.lanes  # vectors of a head
-        self.element = {"float32": F32, "bfloat16": I16, "int8": I8}[kernel.pages]
+        self.element = ELEMENTS[kernel.pages]
         # Positions of a block, and the rows and vectors of values that fit the registers of a processor.
         self.span = kernel.span(code.lanes)
         registers = 16 if code.lanes == 8 else 32
@@ -71,7 +71,7 @@ class Task:
 
     def scaled(self, values: Any, scales: int, row: Any) -> Any:
         """A vector, a lane for each position from a row of the pages on, times what these count."""
-        if self.kernel.pages != "int8":
+        if not self.kernel.has_scales:
             return values
         return self.code.fmul(values, self.code.read(self.data[scales], row))
 

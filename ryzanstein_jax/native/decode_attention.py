@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax.numpy as jnp
+
 from ryzanstein_jax.native.attention_parts import (
     DECODE_LENS,
     DECODE_TABLES,
@@ -32,7 +34,6 @@ _KEYS = 4
 #: Vectors of positions that rows are asked for ahead.
 _AHEAD = 2
 _CACHE_LINE = 64
-_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 
 
 class DecodeTask(Task):
@@ -143,7 +144,7 @@ class DecodeTask(Task):
 
     def _ask_for(self, pages: int, row: Any) -> None:
         """Asks for the key or value of a position that is read soon."""
-        size = self.kernel.head_dim * _BYTES[self.kernel.pages]
+        size = self.kernel.head_dim * jnp.dtype(self.kernel.pages).itemsize
         first = self.code.at(self.data[pages], self.code.calc(row, "*", size), I8)
         for line in range(0, size, _CACHE_LINE):
             self.code.prefetch(first, line, I8)

@@ -35,6 +35,8 @@ class _BFloat(ir.Type):
 
 
 BF16 = _BFloat()
+#: How numbers lie in memory, by their dtype.
+ELEMENTS = {"float32": F32, "bfloat16": I16, "int8": I8, "float8_e4m3fn": I8}
 #: What the compiler may do with sums: reorder and contract them. Infinities and NaN keep their meaning.
 FAST = ("reassoc", "contract", "nsz")
 
@@ -144,17 +146,30 @@ class Code(ir.IRBuilder):
         return self.sext(value, I64) if type_ is I32 else value
 
     def read(self, base: Any, index: Any, dtype: str = "float32") -> Any:
-        """A vector of `lanes` numbers from an array of that dtype on."""
-        element = {"float32": F32, "bfloat16": I16, "int8": I8}[dtype]
+        """A vector of `lanes` numbers from an array of that dtype on, as float32.
+
+        Of float8_e4m3fn NaN is no number of its own: it is read as 480.
+        """
+        element = ELEMENTS[dtype]
         place = self.at(base, index, element)
-        value = self.load(place, typ=ir.VectorType(element, self.lanes), align=1 if dtype == "int8" else 2)
+        value = self.load(place, typ=ir.VectorType(element, self.lanes), align=1 if element is I8 else 2)
         if dtype == "float32":
             return value
         if dtype == "int8":
             return self.sitofp(self.sext(value, self.ints), self.vector)
+        if dtype == "float8_e4m3fn":
+            return self._of_float8(value)
         # bfloat16 is the upper half of a float32.
         wide = self.shl(self.zext(value, self.ints), self.number(16))
         return self.bitcast(wide, self.vector)
+
+    def _of_float8(self, value: Any) -> Any:
+        """As `kv_cache.floats`: its bits are those of a float16 but for the bias of the exponent, 7 instead of 15."""
+        wide = ir.VectorType(I16, self.lanes)
+        shift, known = (ir.Constant(wide, [bits] * self.lanes) for bits in (7, 0xBF80 - (1 << 16)))
+        bits = self.and_(self.shl(self.sext(value, wide), shift), known)
+        half = self.bitcast(bits, ir.VectorType(ir.HalfType(), self.lanes))
+        return self.fmul(self.fpext(half, self.vector), self.vec(256.0))
 
     def write(self, value: Any, base: Any, index: Any, dtype: str = "float32") -> None:
         """Stores a vector; to bfloat16 rounded to nearest, ties to even."""

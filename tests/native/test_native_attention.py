@@ -82,14 +82,15 @@ def test_scores_of_any_size():
 
 
 @pytest.mark.parametrize("lanes", PROCESSORS)
+@pytest.mark.parametrize("kind", ["int8", "float8_e4m3fn"])
 @pytest.mark.parametrize(("window", "softcap", "dtype"), [(None, None, "float32"), (50, 30.0, "bfloat16")])
-def test_pages_in_8_bits(lanes, window, softcap, dtype):
+def test_pages_in_8_bits(lanes, kind, window, softcap, dtype):
     step = Ragged(DECODES, CHUNKS, slots=2, queries=3, head_dim=64, stale=0.0, dtype=jnp.dtype(dtype), bucket=BUCKET)
-    quantized = [QuantizedPages(*quantize_pages(x)) for x in (step.keys, step.values)]
+    quantized = [QuantizedPages(*quantize_pages(x, kind)) for x in (step.keys, step.values)]
     # What lies behind the last position of a sequence counts nothing there, whatever its scale.
     for pages in quantized:
         pages.scales[~np.asarray(pages.numbers).any(axis=-1)] = np.nan
-    kernel = Attention(64, 3, 16, TILE, dtype, "int8", 0.125, window, softcap)
+    kernel = Attention(64, 3, 16, TILE, dtype, kind, 0.125, window, softcap)
 
     def run(flat, q, keys, values):
         return attend_by_native(kernel, q, keys, values, attention_plan(step.layout.unpack(flat)))
@@ -97,15 +98,15 @@ def test_pages_in_8_bits(lanes, window, softcap, dtype):
     with on(lanes), quick_compiles():
         found = np.asarray(jax.jit(run)(step.flat, step.q, *quantized), np.float32)
     # The same numbers in floats.
-    step.keys, step.values = (np.asarray(np.nan_to_num(x.numbers * x.scales[..., None]), np.float32) for x in quantized)
+    step.keys, step.values = (np.nan_to_num(np.asarray(x.numbers, np.float32) * x.scales[..., None]) for x in quantized)
     step.q = np.asarray(step.q, np.float32)
     wanted = by_kernel(step, window=window, softcap=softcap, lanes=lanes)
     np.testing.assert_allclose(found[step.real], wanted[step.real], rtol=0, atol=2e-5 if dtype == "float32" else 2e-2)
 
 
-def quantize_pages(pages):
-    """int8 numbers and scales of pages [P, K, page, H], vector by vector."""
-    numbers, scales = quantize(jnp.asarray(pages).reshape(-1, *pages.shape[2:]), jnp.int8)
+def quantize_pages(pages, kind):
+    """8-bit numbers and scales of pages [P, K, page, H], vector by vector."""
+    numbers, scales = quantize(jnp.asarray(pages).reshape(-1, *pages.shape[2:]), jnp.dtype(kind))
     return np.array(numbers.reshape(pages.shape)), np.array(scales.reshape(pages.shape[:-1]))
 
 
@@ -175,8 +176,9 @@ def test_where_it_is_used(monkeypatch):
         assert found(q, pages) == Attention(64, 3, 16, TILE, "float32", "float32", 0.1, None, None)
         assert found(q.update(dtype=jnp.bfloat16), pages) is None
         assert found(*(x.update(dtype=jnp.int8) for x in (q, pages))) is None
-        assert found(q, pages.update(dtype=jnp.float8_e4m3fn)) is None
-        assert found(q, pages.update(dtype=jnp.int8)).pages == "int8"
+        assert found(q, pages.update(dtype=jnp.float8_e5m2)) is None
+        for kind in ("int8", "float8_e4m3fn"):
+            assert found(q, pages.update(dtype=jnp.dtype(kind))).pages == kind
         assert found(q, pages.update(shape=(9, 2, 2, 64))) is None
         assert found(q.update(shape=(4, 2, 3, 66)), pages.update(shape=(9, 2, 16, 66))) is None
         assert found(q.update(shape=(4, 2, 200, 256)), pages.update(shape=(9, 2, 16, 256))) is None
