@@ -78,10 +78,10 @@ def resolve_dtype(dtype: str, checkpoint_dtype: str, platform: str) -> np.dtype:
 
 
 def resolve_kv_dtype(kv_cache_dtype: str, dtype: np.dtype) -> np.dtype:
-    """The dtype of the KV cache that a setting stands for, beside activations of `dtype`."""
+    """The dtype of the KV cache that a setting stands for, beside activations of `dtype`; uint8 has float8's bits."""
     if kv_cache_dtype == "auto":
         return dtype
-    return np.dtype(ml_dtypes.float8_e4m3fn if kv_cache_dtype == "fp8" else kv_cache_dtype)
+    return np.dtype({"fp8": "uint8"}.get(kv_cache_dtype, kv_cache_dtype))
 
 
 def resolve_fraction(memory_fraction: float | None, platform: str) -> float:

@@ -28,7 +28,8 @@ class QuantizedPages(NamedTuple):
     """A layer's keys or values in 8 bits: a vector of the last dimension is `numbers` times its scale.
 
     Attributes:
-        numbers: int8 or float8_e4m3fn [pages, kv_slots, page, head_dim].
+        numbers: [pages, kv_slots, page, head_dim], int8, or the bits of float8_e4m3fn as uint8: of float8 itself XLA
+            widens all pages on a CPU to store a few entries, and Triton knows it from Ada on only.
         scales: float32 [pages, kv_slots, page]: the largest magnitude / 127 (int8) or / 448 (float8), 0 of zeros.
     """
 
@@ -110,9 +111,10 @@ def write(pages: Pages, new_TKH: jax.Array, slots_T: jax.Array) -> Pages:
 
 
 def quantize(new_TKH: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
-    """Numbers of an 8-bit dtype [T, K, H], and the float32 [T, K, 1] that they count."""
-    if dtype != jnp.int8:
-        return fp8.quantize_tokens(new_TKH)
+    """Numbers [T, K, H], int8 or float8's bits as uint8, and the float32 [T, K, 1] that they count."""
+    if dtype == jnp.uint8:
+        numbers_TKH, scales_TK1 = fp8.quantize_tokens(new_TKH)
+        return jax.lax.bitcast_convert_type(numbers_TKH, jnp.uint8), scales_TK1
     return int8.quantize_tokens(new_TKH)
 
 
@@ -120,14 +122,14 @@ def floats(numbers: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """8-bit numbers in a wider dtype, exactly.
 
     Args:
-        numbers: int8, float8_e4m3fn, or the bits of float8_e4m3fn as uint8.
+        numbers: int8, or the bits of float8_e4m3fn as uint8.
         dtype: float32, bfloat16 or float16.
     """
     if numbers.dtype == jnp.int8:
         return numbers.astype(dtype)
     # The bits of a float8 are those of a float16 but for the bias of the exponent, 7 instead of 15. XLA's own
     # conversion is slower on CPUs, and Triton has none for GPUs before Ada.
-    bits = jax.lax.bitcast_convert_type(numbers, jnp.uint8).astype(jnp.uint16)
+    bits = numbers.astype(jnp.uint16)
     half = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
     return jax.lax.bitcast_convert_type(half, jnp.float16).astype(dtype) * jnp.asarray(256, dtype)
 

@@ -187,8 +187,6 @@ def attend_tiles(
 def _flat(pages: Pages) -> list[jax.Array]:
     """A layer's pages as one row for each position and slot, which moves nothing, and the scale of each row."""
     if isinstance(pages, QuantizedPages):
-        if pages.numbers.dtype != jnp.int8:  # Triton knows float8 from Ada on
-            pages = pages._replace(numbers=jax.lax.bitcast_convert_type(pages.numbers, jnp.uint8))
         return [pages.numbers.reshape(-1, pages.shape[-1]), pages.scales.reshape(-1)]
     return [pages.reshape(-1, pages.shape[-1])]
 

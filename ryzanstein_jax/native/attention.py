@@ -40,8 +40,8 @@ class Attention:
         head_dim, queries, page_size: sizes; head_dim and page_size are multiples of the lanes.
         tile: most queries of a prompt's tile.
         dtype: of queries and results: "float32" or "bfloat16".
-        pages: dtype of keys and values: the same, or "int8" or "float8_e4m3fn" with a scale for each position
-            (`kv_cache.QuantizedPages`).
+        pages: dtype of keys and values: the same, or "int8", or "uint8" for the bits of float8_e4m3fn, both with a
+            scale for each position (`kv_cache.QuantizedPages`).
         scale, window, softcap: as `attention.attend` takes them.
     """
 

@@ -36,7 +36,7 @@ class _BFloat(ir.Type):
 
 BF16 = _BFloat()
 #: How numbers lie in memory, by their dtype.
-ELEMENTS = {"float32": F32, "bfloat16": I16, "int8": I8, "float8_e4m3fn": I8}
+ELEMENTS = {"float32": F32, "bfloat16": I16, "int8": I8, "uint8": I8}
 #: What the compiler may do with sums: reorder and contract them. Infinities and NaN keep their meaning.
 FAST = ("reassoc", "contract", "nsz")
 
@@ -148,7 +148,7 @@ class Code(ir.IRBuilder):
     def read(self, base: Any, index: Any, dtype: str = "float32") -> Any:
         """A vector of `lanes` numbers from an array of that dtype on, as float32.
 
-        Of float8_e4m3fn NaN is no number of its own: it is read as 480.
+        uint8 is read as the bits of float8_e4m3fn, of which NaN is no number of its own: it is read as 480.
         """
         element = ELEMENTS[dtype]
         place = self.at(base, index, element)
@@ -157,7 +157,7 @@ class Code(ir.IRBuilder):
             return value
         if dtype == "int8":
             return self.sitofp(self.sext(value, self.ints), self.vector)
-        if dtype == "float8_e4m3fn":
+        if dtype == "uint8":
             return self._of_float8(value)
         # bfloat16 is the upper half of a float32.
         wide = self.shl(self.zext(value, self.ints), self.number(16))

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 
 import psutil
 import pytest
@@ -83,15 +84,20 @@ def test_the_devices_of_this_machine_are_used():
 
 @pytest.fixture
 def probe(tmp_path, monkeypatch):
-    """Has `devices` start a script in place of the probe."""
+    """Has `devices` start a script in place of the probe; it is under way when that has started it."""
 
     def use(code: str) -> None:
-        script = tmp_path / "probe.py"
-        script.write_text('import os, time\nprint(\'{"stage": "imported"}\', flush=True)\n' + code)
+        script, begun = tmp_path / "probe.py", tmp_path / "begun"
+        report = f"print({json.dumps(IMPORTED)!r}, flush=True)"
+        script.write_text(f"import os, time\n{report}\nopen({str(begun)!r}, 'x').close()\n{code}")
         popen = subprocess.Popen
 
         def start(command, **more):
-            return popen([sys.executable, str(script)], **more)
+            process = popen([sys.executable, str(script)], **more)
+            deadline = time.monotonic() + 60
+            while not begun.exists() and time.monotonic() < deadline:
+                time.sleep(0.01)
+            return process
 
         monkeypatch.setattr(devices.subprocess, "Popen", start)
 

@@ -260,11 +260,11 @@ class TestStream:
         for count in (2000, 8000):
             best = float("inf")
             for _ in range(3):
-                start = time.perf_counter()
+                start = time.thread_time()
                 detokenizer = IncrementalDetokenizer(smollm2, stop=["zzz"])
                 for _ in range(count):
                     detokenizer.append([token_id])
-                best = min(best, time.perf_counter() - start)
+                best = min(best, time.thread_time() - start)
             times.append(best)
         assert times[1] < 9 * times[0], f"four times the tokens took {times[1] / times[0]:.0f} times as long"
 

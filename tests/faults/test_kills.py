@@ -6,9 +6,11 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from ryzanstein_jax import AsyncLLM, PoolingParams
@@ -26,6 +28,8 @@ from tests.faults.harness import (
     run_streams,
     same,
 )
+from tests.server.serving import wait_until
+from tests.support import is_running
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +53,13 @@ def test_an_undisturbed_run_repeats(llm: AsyncLLM, expected: list[list[Completio
 def test_of_a_ranks_threads_only_the_one_of_gloo_gives_way_to_other_programs(llm: AsyncLLM) -> None:
     """Steps all but stand still on a processor that others use too where XLA's own threads do."""
     for pid in pids(llm):
-        folders = Path(f"/proc/{pid}/task").iterdir()
-        names = {int(folder.name): (folder / "comm").read_text().strip() for folder in folders}
-        yielding = [thread for thread in names if os.sched_getscheduler(thread) == os.SCHED_IDLE]
-        assert "tf_XLAExecute" in names.values() and len(yielding) == 1
-        assert not names[yielding[0]].startswith("tf_")
+        names, yielding = [], []
+        for folder in Path(f"/proc/{pid}/task").iterdir():
+            with suppress(OSError):  # one may end meanwhile
+                names.append((folder / "comm").read_text().strip())
+                if os.sched_getscheduler(int(folder.name)) == os.SCHED_IDLE:
+                    yielding.append(names[-1])
+        assert "tf_XLAExecute" in names and len(yielding) == 1 and not yielding[0].startswith("tf_")
 
 
 @pytest.mark.parametrize("ranks", [(0,), (-1,), ()], ids=["first", "last", "all"])
@@ -103,10 +109,13 @@ def test_a_stopped_rank_is_named_and_replaced(llm: AsyncLLM, expected: list[list
 def test_a_rank_that_dies_while_nothing_runs_is_replaced_at_once(
     llm: AsyncLLM, expected: list[list[CompletionOutput]]
 ) -> None:
-    before, killed = pids(llm), time.monotonic()
+    before, known = pids(llm), events(llm, "fault")
+    process = psutil.Process(before[1])
     kill(llm, 1)
-    await_state(llm, "recovering")
-    assert events(llm, "fault")[-1]["monotonic"] - killed < 1.0
+    wait_until(lambda: not is_running(process), 60)
+    gone = time.monotonic()
+    wait_until(lambda: events(llm, "fault")[-1:] != known[-1:], 60)
+    assert events(llm, "fault")[-1]["monotonic"] - gone < 1.0
     await_state(llm, "ready")
     assert not set(before) & set(pids(llm))
     same(run_streams(llm), expected)
@@ -119,7 +128,7 @@ def test_a_rank_that_dies_during_recovery(llm: AsyncLLM, expected: list[list[Com
     hits: list[int] = []
 
     def again() -> None:
-        deadline = time.monotonic() + 60.0
+        deadline = time.monotonic() + 240.0
         while time.monotonic() < deadline and not hits:
             health = llm.orchestrator.status()["health"]  # type: ignore[union-attr]
             rank = health["ranks"][-1] if health["ranks"] else None
@@ -146,7 +155,7 @@ def test_killing_again_and_again_convicts_nobody(llm: AsyncLLM, expected: list[l
     killed: list[int] = []
 
     def again() -> None:
-        deadline = time.monotonic() + 60.0
+        deadline = time.monotonic() + 240.0
         while len(killed) < 6 and time.monotonic() < deadline:
             health = llm.orchestrator.status()["health"]  # type: ignore[union-attr]
             ranks = health["ranks"]

@@ -15,7 +15,7 @@ from ryzanstein_jax.orchestrator.health import HealthMonitor, suspects
 from ryzanstein_jax.orchestrator.status import Phase
 from tests.orchestrator.watch import Watch, make_group
 
-BURN, SLEEP = "while True: pass", "import time; time.sleep(100)"
+BURN, SLEEP = "print(flush=True)\nwhile True: pass", "import time; print(flush=True); time.sleep(100)"
 QUICK = dict(heartbeat_interval_sec=0.05, heartbeat_timeout_sec=0.25)
 
 
@@ -111,8 +111,11 @@ def run_until(done: Callable[[], object], seconds: float = 20.0) -> None:
 def test_real_processes_that_work_and_that_sleep():
     found: dict[str, Fault] = {}
     monitors = {}
-    processes = {code: subprocess.Popen([sys.executable, "-c", code]) for code in (BURN, SLEEP)}
+    command = [sys.executable, "-c"]
+    processes = {code: subprocess.Popen([*command, code], stdout=subprocess.PIPE) for code in (BURN, SLEEP)}
     try:
+        for process in processes.values():  # starting is work
+            assert process.stdout is not None and process.stdout.readline()
         for code, process in processes.items():
             monitors[code] = HealthMonitor(OrchestratorConfig(**QUICK))
             monitors[code].watch(make_group((1, 1, 0), now=time.monotonic(), pid=process.pid))
@@ -128,7 +131,7 @@ def test_real_processes_that_work_and_that_sleep():
     finally:
         for process in processes.values():
             process.kill()
-            process.wait()
+            process.communicate()
     assert 0.25 < silence(found[SLEEP]) < 2.6
     assert silence(found[BURN]) >= 3.0, "twelve heartbeat timeouts"
 

@@ -85,20 +85,28 @@ def test_silent_streams_get_comments(fake):
     """As while workers are replaced: nothing comes for long, and proxies must not think the server dead."""
     gate = Gate(fake, after=2)
     with serving(fake, keep_alive_seconds=0.1) as served:
+        begun = time.monotonic()
         connection = served.open("/v1/completions", prompt="x", max_tokens=4, stream=True)
-        time.sleep(0.55)
+        wait_until(lambda: served.metric("ryzanstein_keep_alives_total") >= 3)
         gate.open = True
         with connection, connection.makefile("rb") as file:
             response = b"".join(iter(file.readline, b"0\r\n"))
         body = re.sub(rb"\r\n[0-9a-f]+\r\n", b"", response.partition(b"\r\n\r\n")[2])
-        assert 3 <= body.count(b": keep-alive") <= 6, body
+        comments = body.count(b": keep-alive")
+        assert 3 <= comments <= (time.monotonic() - begun) / 0.1, body
         assert body.rstrip().endswith(b"data: [DONE]")
-        assert served.metric("ryzanstein_keep_alives_total") == body.count(b": keep-alive")
+        assert served.metric("ryzanstein_keep_alives_total") == comments
         gate.open = False
         gate._after = 0  # nothing at all yet: the answer begins with a comment
-        threads = threading.Timer(0.35, lambda: setattr(gate, "open", True))
-        threads.start()
+
+        def open_after_a_comment() -> None:
+            wait_until(lambda: served.metric("ryzanstein_keep_alives_total") > comments)
+            gate.open = True
+
+        thread = threading.Thread(target=open_after_a_comment)
+        thread.start()
         status, _, text = served.complete(max_tokens=2, stream=True)
+        thread.join()
         assert status == 200 and text.startswith(": keep-alive\n\n") and len(events(text)) == 2
 
 
@@ -156,11 +164,10 @@ def test_encoding_is_off_the_event_loop_and_bounded_in_time(fake):
     release = threading.Event()
     encode = fake.tokenizer.encode
     fake.tokenizer.encode = lambda text, **more: (release.wait(20) if "slow" in text else None) or encode(text, **more)
-    with serving(fake, encode_seconds=0.3) as served:
-        begun = time.monotonic()
+    with serving(fake, encode_seconds=1.0) as served:
         threads, found = in_threads(served, 1, prompt="slow", max_tokens=1)
         assert served.request("GET", "/health")[0] == 200
-        assert served.complete("quick", max_tokens=1)[0] == 200 and time.monotonic() - begun < 0.3
+        assert served.complete("quick", max_tokens=1)[0] == 200 and not found, "the slow one has no answer yet"
         threads[0].join()
         assert found[0][0] == 400 and "tokenizing" in found[0][2]["error"]["message"]
         assert served.service.admission.num_sequences == 0

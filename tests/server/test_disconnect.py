@@ -30,25 +30,29 @@ def leave(connection: socket.socket, *, reset: bool) -> None:
 def test_a_request_ends_when_its_client_leaves(fake, stream, reset):
     with serving(fake) as served:
 
-        async def slowly(step: int) -> None:
-            await asyncio.sleep(0.01)
+        async def stand_still(step: int) -> None:
+            await asyncio.sleep(0.01 if step < 5 else 600)
 
-        fake.act = slowly
+        fake.act = stand_still  # so that nothing else ends it
         connection = served.open("/v1/completions", prompt="x", max_tokens=120, stream=stream, n=2)
         if stream:
             assert connection.recv(100)
         wait_until(lambda: fake.num_steps > 3)
         leave(connection, reset=reset)
-        wait_until(lambda: not fake.active, 1.0)
-        assert fake.num_steps < 100 and served.service.admission.num_sequences == 0
+        wait_until(lambda: not fake.active)
+        assert served.service.admission.num_sequences == 0
         assert served.metric("ryzanstein_disconnects_total") == 1
         assert "ryzanstein_requests_refused_total{" not in served.request("GET", "/metrics")[2], "it was no error"
         assert served.metric('ryzanstein_requests_finished_total{finish_reason="abort"}') == 2
         assert served.metric('ryzanstein_requests{state="running"}') == 0
 
 
-def test_pages_are_free_within_two_steps(served: Served, engine: AsyncLLM):
+def test_pages_are_free_within_two_steps(served: Served, engine: AsyncLLM, monkeypatch: pytest.MonkeyPatch):
     """Counted from when the server learns of it: the engine's steps until no page is owned."""
+    executor = engine.replicas[0].executor
+    collect = executor.collect
+    # Steps so slow that it is under way for seconds.
+    monkeypatch.setattr(executor, "collect", lambda: time.sleep(0.02) or collect())
     for stream in (False, True):
         begun = engine.stats().num_steps
         connection = served.open(

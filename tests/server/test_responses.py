@@ -226,15 +226,15 @@ def test_a_stream_that_goes_wrong_ends_with_its_error(fake):
 def test_it_ends_when_its_client_leaves(fake, stream):
     with serving(fake, max_sequences=1, keep_alive_seconds=0.05) as served:
 
-        async def slowly(step: int) -> None:
-            await asyncio.sleep(0.2 if step == 2 else 0.01)
+        async def stand_still(step: int) -> None:
+            await asyncio.sleep({2: 0.2}.get(step, 0.01) if step < 5 else 600)
 
-        fake.act = slowly
+        fake.act = stand_still  # so that nothing else ends it
         connection = served.open("/v1/responses", input="x", max_output_tokens=100, stream=stream)
         wait_until(lambda: fake.num_steps > 3)
         assert served.request("POST", "/v1/responses", ASKED)[0] == 429
         if stream:
             assert b": keep-alive\n\n" in connection.recv(1 << 20)
         connection.close()
-        wait_until(lambda: not fake.active, 1.0)
-        assert fake.num_steps < 90 and served.service.admission.num_sequences == 0
+        wait_until(lambda: not fake.active)
+        assert served.service.admission.num_sequences == 0

@@ -157,12 +157,14 @@ def test_clients_notice_neither_a_killed_worker_nor_a_drain(tiny: Path, tmp_path
         refused: list[Exception] = []
         children = psutil.Process(process.popen.pid).children(recursive=True)
 
+        late = process.client()
+
         def end() -> None:
             process.popen.send_signal(signal.SIGTERM)
             process.await_line("draining")
             assert (process.get("/health")[0], process.get("/ready")[0]) == (200, 503)
             try:
-                process.client().completions.create(model="tiny", prompt="late")
+                late.completions.create(model="tiny", prompt="late")
             except openai.APIStatusError as error:
                 refused.append(error)
 
