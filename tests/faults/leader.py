@@ -16,7 +16,9 @@ def main() -> None:
     assert llm.orchestrator is not None
     while not (llm.orchestrator.status()["standby"] or {}).get("prepared"):
         time.sleep(0.02)
-    print(json.dumps([child.pid for child in psutil.Process().children(recursive=True)]), flush=True)
+    # Not those that have ended and were not asked for yet.
+    children = psutil.Process().children(recursive=True)
+    print(json.dumps([child.pid for child in children if child.status() != psutil.STATUS_ZOMBIE]), flush=True)
     while True:
         llm.generate([[1, 2, 3]] * 8, use_tqdm=False)
 
