@@ -87,6 +87,11 @@ def multiplies_pairs() -> bool:
     return processor().lanes == 16 and processor().has("avx512bf16")
 
 
+def xla_multiplies_tiles() -> bool:
+    """Whether XLA's library multiplies tiles of bfloat16 by instructions for them (AMX), which no kernel here does."""
+    return processor().has("amx-bf16") and jax.__version_info__ >= (0, 12)
+
+
 def multiplies_bytes() -> bool:
     """Whether the processor has products of four bytes."""
     return processor().has("avx512vnni" if processor().lanes == 16 else "avxvnni")

@@ -19,7 +19,9 @@ from ryzanstein_jax import native
 #: and from which on one that turns weights about is faster still: chosen by measurement.
 FEW_ROWS = {"float32": 32, "bfloat16": 64, "int8": 64}
 MANY_ROWS = {"float32": 33, "bfloat16": 65, "int8": 25}
-#: Bytes of activations up to which that is so; of more, it would read too many too often.
+#: bfloat16's rows up to which that is so beside instructions for tiles; from there on XLA's library is faster.
+FEW_ROWS_BESIDE_TILES = 8
+#: Bytes of activations up to which kernels take them; of more, they would read too many too often.
 MOST_BYTES = 16 << 20
 #: What the outputs of both must be multiples of.
 _COLUMNS, _PACKED_COLUMNS = 4, 32
@@ -40,7 +42,8 @@ def takes(rows: int, shape: tuple[int, ...], dtype: Any) -> bool:
     outputs, inputs = shape
     if inputs % (_per_lane(name) * lanes):
         return False
-    return (rows <= FEW_ROWS[name] and outputs % _COLUMNS == 0) or _are_many(rows, shape, dtype)
+    few = FEW_ROWS_BESIDE_TILES if name == "bfloat16" and native.xla_multiplies_tiles() else FEW_ROWS[name]
+    return (rows <= few and outputs % _COLUMNS == 0) or _are_many(rows, shape, dtype)
 
 
 def _are_many(rows: int, shape: tuple[int, ...], dtype: Any) -> bool:
@@ -48,7 +51,9 @@ def _are_many(rows: int, shape: tuple[int, ...], dtype: Any) -> bool:
     outputs, inputs = shape
     name, size = str(dtype), jnp.dtype(dtype).itemsize
     # It takes the registers of AVX-512, and of bfloat16 its products of pairs.
-    able = native.lanes() == 16 and (name != "bfloat16" or native.multiplies_pairs())
+    able = native.lanes() == 16
+    if name == "bfloat16":
+        able = able and native.multiplies_pairs() and not native.xla_multiplies_tiles()
     able = able and _PACKED_COLUMNS * inputs * size <= native.MOST_STACK_BYTES and outputs % _PACKED_COLUMNS == 0
     return able and rows >= MANY_ROWS[name] and rows * inputs * size <= MOST_BYTES
 

@@ -49,13 +49,23 @@ def calls_take(rows, size, dtype):
         return calls.takes(rows, size, dtype)
 
 
+@pytest.fixture(params=[False, True], ids=["", "tiles"])
+def tiles(request, monkeypatch):
+    """Whether XLA's library counts as faster with bfloat16 in more than a few rows."""
+    monkeypatch.setattr(native, "xla_multiplies_tiles", lambda: request.param)
+    jax.clear_caches()
+    yield request.param
+    jax.clear_caches()
+
+
 @pytest.mark.parametrize("result", [jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("rows", ROWS)
-def test_bfloat16(rows, size, result):
+def test_bfloat16(tiles, rows, size, result):
     x, kernel = operands(rows, size, jnp.bfloat16)
     with jax.set_mesh(make_mesh(1)):
-        _, y = calls_ours(lambda x, kernel: product(x, kernel, result), x, kernel)
+        ours, y = calls_ours(lambda x, kernel: product(x, kernel, result), x, kernel)
+    assert ours == calls_take(rows, size, "bfloat16") and not (tiles and ours and rows > calls.FEW_ROWS_BESIDE_TILES)
     wanted = np.asarray(x, np.float64) @ np.asarray(kernel, np.float64).T
     assert y.dtype == result
     # A result in bfloat16 has eight bits; sums are in float32.
@@ -154,7 +164,7 @@ def test_tiles_hold_the_digits_and_list_the_words_that_have_high_ones(digits):
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize(("gate", "rows"), [("silu", 2), ("silu", 70), ("gelu_tanh", 70), ("gelu", 70)])
-def test_gated(gate, rows, kind):
+def test_gated(tiles, gate, rows, kind):
     """activation(first) * second of each pair, also of values that an exponential does not reach."""
     dtype = "bfloat16" if kind == "bfloat16" else "float32"
     x, kernel = operands(rows, (128, 64), dtype)
@@ -227,6 +237,14 @@ def test_sharded_gates_and_int8(kind, sharded, gate, rows):
         ours, y = calls_ours(run, *placed)
     assert ours
     np.testing.assert_allclose(y, wanted, rtol=1e-4, atol=1e-2)
+
+
+def test_who_has_instructions_for_tiles(monkeypatch):
+    for features, version, found in (("+amx-bf16,+avx512f", (0, 12, 0), True), ("+amx-bf16", (0, 11, 2), False),
+                                     ("-amx-bf16,+amx-tile", (0, 12, 1), False)):  # fmt: skip
+        monkeypatch.setattr(native, "processor", lambda features=features: native.Processor("", features, 16))
+        monkeypatch.setattr(jax, "__version_info__", version)
+        assert native.xla_multiplies_tiles() == found
 
 
 def test_what_they_do_not_take(monkeypatch):
