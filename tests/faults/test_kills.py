@@ -10,7 +10,6 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 
 from ryzanstein_jax import AsyncLLM, PoolingParams
@@ -29,7 +28,6 @@ from tests.faults.harness import (
     same,
 )
 from tests.server.serving import wait_until
-from tests.support import is_running
 
 
 @pytest.fixture(scope="module")
@@ -109,13 +107,10 @@ def test_a_stopped_rank_is_named_and_replaced(llm: AsyncLLM, expected: list[list
 def test_a_rank_that_dies_while_nothing_runs_is_replaced_at_once(
     llm: AsyncLLM, expected: list[list[CompletionOutput]]
 ) -> None:
-    before, known = pids(llm), events(llm, "fault")
-    process = psutil.Process(before[1])
+    before, known, killed = pids(llm), events(llm, "fault"), time.monotonic()
     kill(llm, 1)
-    wait_until(lambda: not is_running(process), 60)
-    gone = time.monotonic()
-    wait_until(lambda: events(llm, "fault")[-1:] != known[-1:], 60)
-    assert events(llm, "fault")[-1]["monotonic"] - gone < 1.0
+    wait_until(lambda: events(llm, "fault")[-1:] != known[-1:])
+    assert events(llm, "fault")[-1]["monotonic"] - killed < 1.0
     await_state(llm, "ready")
     assert not set(before) & set(pids(llm))
     same(run_streams(llm), expected)
@@ -128,7 +123,7 @@ def test_a_rank_that_dies_during_recovery(llm: AsyncLLM, expected: list[list[Com
     hits: list[int] = []
 
     def again() -> None:
-        deadline = time.monotonic() + 240.0
+        deadline = time.monotonic() + 60.0
         while time.monotonic() < deadline and not hits:
             health = llm.orchestrator.status()["health"]  # type: ignore[union-attr]
             rank = health["ranks"][-1] if health["ranks"] else None
@@ -155,7 +150,7 @@ def test_killing_again_and_again_convicts_nobody(llm: AsyncLLM, expected: list[l
     killed: list[int] = []
 
     def again() -> None:
-        deadline = time.monotonic() + 240.0
+        deadline = time.monotonic() + 60.0
         while len(killed) < 6 and time.monotonic() < deadline:
             health = llm.orchestrator.status()["health"]  # type: ignore[union-attr]
             ranks = health["ranks"]

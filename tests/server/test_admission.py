@@ -164,7 +164,7 @@ def test_encoding_is_off_the_event_loop_and_bounded_in_time(fake):
     release = threading.Event()
     encode = fake.tokenizer.encode
     fake.tokenizer.encode = lambda text, **more: (release.wait(20) if "slow" in text else None) or encode(text, **more)
-    with serving(fake, encode_seconds=1.0) as served:
+    with serving(fake, encode_seconds=0.3) as served:
         threads, found = in_threads(served, 1, prompt="slow", max_tokens=1)
         assert served.request("GET", "/health")[0] == 200
         assert served.complete("quick", max_tokens=1)[0] == 200 and not found, "the slow one has no answer yet"

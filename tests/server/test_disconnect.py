@@ -39,7 +39,7 @@ def test_a_request_ends_when_its_client_leaves(fake, stream, reset):
             assert connection.recv(100)
         wait_until(lambda: fake.num_steps > 3)
         leave(connection, reset=reset)
-        wait_until(lambda: not fake.active)
+        wait_until(lambda: not fake.active, 1.0)
         assert served.service.admission.num_sequences == 0
         assert served.metric("ryzanstein_disconnects_total") == 1
         assert "ryzanstein_requests_refused_total{" not in served.request("GET", "/metrics")[2], "it was no error"

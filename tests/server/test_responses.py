@@ -236,5 +236,5 @@ def test_it_ends_when_its_client_leaves(fake, stream):
         if stream:
             assert b": keep-alive\n\n" in connection.recv(1 << 20)
         connection.close()
-        wait_until(lambda: not fake.active)
+        wait_until(lambda: not fake.active, 1.0)
         assert served.service.admission.num_sequences == 0

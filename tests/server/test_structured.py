@@ -338,7 +338,7 @@ def test_compiling_takes_no_longer_than_it_may(fake: FakeBackend):
         began = time.monotonic()
         status, _, body = served.chat("x", response_format={"type": "json_object"})
         assert status == 400 and body["error"]["param"] == "response_format" and "took over" in body["error"]["message"]
-        assert fake.num_streams == 0 and time.monotonic() - began < 20, "it did not wait for it"
+        assert fake.num_streams == 0 and time.monotonic() - began < 0.6
         assert served.service.admission.num_sequences == 0
         release.set()
 
