@@ -81,7 +81,7 @@ def resolve_kv_dtype(kv_cache_dtype: str, dtype: np.dtype) -> np.dtype:
     """The dtype of the KV cache that a setting stands for, beside activations of `dtype`; uint8 has float8's bits."""
     if kv_cache_dtype == "auto":
         return dtype
-    return np.dtype({"fp8": "uint8"}.get(kv_cache_dtype, kv_cache_dtype))
+    return np.dtype("uint8" if kv_cache_dtype == "fp8" else kv_cache_dtype)
 
 
 def resolve_fraction(memory_fraction: float | None, platform: str) -> float:

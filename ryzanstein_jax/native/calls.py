@@ -5,6 +5,7 @@ Array names end in their dims: T tokens, I inputs, O outputs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -42,8 +43,7 @@ def takes(rows: int, shape: tuple[int, ...], dtype: Any) -> bool:
     outputs, inputs = shape
     if inputs % (_per_lane(name) * lanes):
         return False
-    few = FEW_ROWS_BESIDE_TILES if name == "bfloat16" and native.xla_multiplies_tiles() else FEW_ROWS[name]
-    return (rows <= few and outputs % _COLUMNS == 0) or _are_many(rows, shape, dtype)
+    return (rows <= _limits(name)[0] and outputs % _COLUMNS == 0) or _are_many(rows, shape, dtype)
 
 
 def _are_many(rows: int, shape: tuple[int, ...], dtype: Any) -> bool:
@@ -51,11 +51,16 @@ def _are_many(rows: int, shape: tuple[int, ...], dtype: Any) -> bool:
     outputs, inputs = shape
     name, size = str(dtype), jnp.dtype(dtype).itemsize
     # It takes the registers of AVX-512, and of bfloat16 its products of pairs.
-    able = native.lanes() == 16
-    if name == "bfloat16":
-        able = able and native.multiplies_pairs() and not native.xla_multiplies_tiles()
+    able = native.lanes() == 16 and (name != "bfloat16" or native.multiplies_pairs())
     able = able and _PACKED_COLUMNS * inputs * size <= native.MOST_STACK_BYTES and outputs % _PACKED_COLUMNS == 0
-    return able and rows >= MANY_ROWS[name] and rows * inputs * size <= MOST_BYTES
+    return able and rows >= _limits(name)[1] and rows * inputs * size <= MOST_BYTES
+
+
+def _limits(name: str) -> tuple[int, float]:
+    """Rows up to which kernels for few take a dtype's products, and from which on the one for many does."""
+    if name == "bfloat16" and native.xla_multiplies_tiles():
+        return FEW_ROWS_BESIDE_TILES, math.inf
+    return FEW_ROWS[name], MANY_ROWS[name]
 
 
 def _gates(gate: str, rows: int, shape: tuple[int, ...], dtype: Any) -> bool:

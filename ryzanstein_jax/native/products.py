@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 from llvmlite import ir
 
-from ryzanstein_jax.native.emit import BF16, F32, I8, I16, I32, Code
+from ryzanstein_jax.native.emit import BF16, ELEMENTS, F32, I8, I16, I32, Code
 from ryzanstein_jax.native.xla import Buffers, add_handler
 
 #: Vectors of sums that a tile keeps in registers.
@@ -198,7 +198,7 @@ class _Tile(ABC):
 class _FloatTile(_Tile):
     def __init__(self, kernel: Product, code: Code, buffers: Buffers):
         super().__init__(kernel, code, buffers)
-        self.element = F32 if kernel.dtype == "float32" else I16
+        self.element = ELEMENTS[kernel.dtype]
 
     def zero(self) -> Any:
         return self.code.vec(0.0)

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from llvmlite import ir
 
-from ryzanstein_jax.native.emit import F32, I16, I32, Code
+from ryzanstein_jax.native.emit import ELEMENTS, I32, Code
 from ryzanstein_jax.native.xla import Buffers, add_rows_handler
 
 #: Tokens of a task.
@@ -60,7 +60,7 @@ class RotateAndStore:
                 self._rotate(code, data, code.calc(source, "+", query), tables, _ROTATED, code.calc(target, "+", query))
             key = code.calc(source, "+", self.queries * self.head_dim)
             self._rotate(code, data, key, tables, _NEW_KEYS, row)
-            element = F32 if self.dtype == "float32" else I16
+            element = ELEMENTS[self.dtype]
             for part in range(0, self.head_dim, code.lanes):
                 vector = ir.VectorType(element, code.lanes)
                 value = code.at(data[_QKV], code.calc(key, "+", self.head_dim + part), element)
