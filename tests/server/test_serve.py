@@ -91,9 +91,14 @@ def started(model: Path, tmp_path: Path, *arguments: str) -> Iterator[Process]:
 
 
 def run_clients(process: Process, act: Any = None, after: int = 0) -> list[tuple[str, list[int], str]]:
-    """All clients at once, each a stream: their texts, tokens and ends. `act` is called after so many tokens."""
+    """All clients at once, each a stream: their texts, tokens and ends.
+
+    `act` is called once every request is accepted (one that comes to a server that drains is refused, as it has to
+    be) and so many tokens have come.
+    """
+    clients = [process.client() for _ in range(NUM_CLIENTS)]  # making one takes long beside its request
     found: list[Any] = [None] * NUM_CLIENTS
-    count, lock, done = [0], threading.Lock(), threading.Event()
+    accepted, count, lock, done = [0], [0], threading.Lock(), threading.Event()
 
     def one(number: int) -> None:
         kinds: list[dict[str, Any]] = [
@@ -101,11 +106,13 @@ def run_clients(process: Process, act: Any = None, after: int = 0) -> list[tuple
             dict(temperature=0, logit_bias={"40": 3}),
         ]  # fmt: skip
         try:
-            stream = process.client().completions.create(
+            stream = clients[number].completions.create(
                 model="tiny", prompt=f"client {number}", max_tokens=NUM_TOKENS, stream=True,
                 **kinds[number % len(kinds)],
                 extra_body={"return_token_ids": True, "ignore_eos": True},
             )  # fmt: skip
+            with lock:
+                accepted[0] += 1
             text, tokens, reason = "", [], ""
             for chunk in stream:
                 (choice,) = chunk.choices
@@ -113,7 +120,8 @@ def run_clients(process: Process, act: Any = None, after: int = 0) -> list[tuple
                 tokens += choice.model_extra["token_ids"]
                 with lock:
                     count[0] += len(choice.model_extra["token_ids"])
-                    if act is not None and count[0] >= after and not done.is_set():
+                    due = accepted[0] == NUM_CLIENTS and count[0] >= after
+                    if act is not None and due and not done.is_set():
                         done.set()
                         act()
             found[number] = (text, tokens, reason)
