@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import os
 import re
 from collections import Counter
 
@@ -52,6 +54,14 @@ RULES: dict[str, Rules] = {
     "output": MEGATRON_RULES | {"row_kv_slots": None, "row_ffn": None, "row_embed": "tp"},
     "sequence": MEGATRON_RULES | {"tokens": "tp"},
 }
+
+
+def _is_of_use(record: logging.LogRecord) -> bool:
+    """Not that JAX's plugin for NVIDIA GPUs, which the extra `plan` brings, finds no cuDNN where there is no GPU."""
+    return "xla_cuda" not in record.getMessage() or os.path.exists("/dev/nvidiactl")
+
+
+logging.getLogger("jax._src.xla_bridge").addFilter(_is_of_use)
 
 
 def make_mesh(tensor_parallel_size: int, devices: list[jax.Device] | None = None) -> Mesh:

@@ -1,5 +1,7 @@
 """Head layouts, shardings, and what compiled programs communicate and copy."""
 
+import logging
+import os
 import re
 from collections import Counter
 from dataclasses import replace
@@ -236,3 +238,12 @@ def test_the_sampler_gathers_the_logits_once(width):
 def test_collectives_are_read_from_any_spelling(line, expected):
     found = collectives(SimpleNamespace(as_text=lambda: f"ENTRY main {{\n  {line}\n  {line}\n}}"))
     assert found == ([] if expected is None else [Collective(*expected, count=2)])
+
+
+@pytest.mark.parametrize("driver", [False, True])
+def test_the_plugin_for_nvidia_complains_only_where_their_driver_is(monkeypatch, caplog, driver):
+    monkeypatch.setattr(os.path, "exists", lambda path: driver and path == "/dev/nvidiactl")
+    logger = logging.getLogger("jax._src.xla_bridge")  # as JAX writes it
+    for module in ("jax_plugins.xla_cuda13", "jax_plugins.other"):
+        logger.error("Jax plugin configuration error: Exception when calling %s.initialize()", module)
+    assert ["cuda" in message for message in caplog.messages] == ([True, False] if driver else [False])

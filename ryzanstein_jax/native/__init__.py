@@ -43,11 +43,13 @@ class Processor(NamedTuple):
     Attributes:
         name, features: what it compiles for.
         lanes: float32 numbers of a vector; 0 where kernels cannot be compiled, or would be slow.
+        tiles: whether this process may multiply tiles of bfloat16 and int8 (AMX).
     """
 
     name: str
     features: str
     lanes: int
+    tiles: bool = False
 
     def has(self, feature: str) -> bool:
         """Whether LLVM knows it to have one, such as "avx512f"."""
@@ -62,6 +64,10 @@ class _Registered(NamedTuple):
 #: What a task may take of its thread's stack. XLA gives its threads 8 MiB; a small program runs on the thread that
 #: calls it, which has 2 MiB where the shell's limit is none.
 MOST_STACK_BYTES = 1 << 20
+
+_TILE_FEATURES = ("amx-tile", "amx-bf16", "amx-int8", "avx512bf16", "avx512vnni")
+#: Of Linux on x86-64: `asm/unistd_64.h`, `asm/prctl.h`, and the registers' number among a processor's states.
+_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA = 158, 0x1023, 18
 
 _registered: dict[Kernel, _Registered] = {}
 _lock = threading.Lock()
@@ -87,9 +93,9 @@ def multiplies_pairs() -> bool:
     return processor().lanes == 16 and processor().has("avx512bf16")
 
 
-def xla_multiplies_tiles() -> bool:
-    """Whether XLA's library multiplies tiles of bfloat16 by instructions for them (AMX), which no kernel here does."""
-    return processor().has("amx-bf16") and jax.__version_info__ >= (0, 12)
+def multiplies_tiles() -> bool:
+    """Whether the processor has products of tiles."""
+    return processor().tiles
 
 
 def multiplies_bytes() -> bool:
@@ -155,7 +161,9 @@ def processor() -> Processor:
         binding.initialize_native_asmprinter()
         binding.check_jit_execution()
         features = binding.get_host_cpu_features()
-        return Processor(binding.get_host_cpu_name(), features.flatten(), _lanes(platform.machine(), features))
+        lanes = _lanes(platform.machine(), features)
+        tiles = lanes == 16 and all(features.get(one) for one in _TILE_FEATURES) and _may_use_tiles()
+        return Processor(binding.get_host_cpu_name(), features.flatten(), lanes, tiles)
     except (ImportError, OSError, RuntimeError) as error:
         _LOG.warning("no kernels for this CPU, only XLA's own: %s", error)
         return Processor("", "", 0)
@@ -168,6 +176,13 @@ def _lanes(machine: str, features: Mapping[str, bool]) -> int:
     if not (features.get("avx2") and features.get("fma")):
         return 0
     return 16 if features.get("avx512f") else 8
+
+
+def _may_use_tiles() -> bool:
+    """Asks Linux for their registers: it gives them to those processes alone that asked."""
+    if platform.system() != "Linux":
+        return False
+    return int(ctypes.CDLL(None).syscall(_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA)) == 0
 
 
 def _target_machine() -> Any:

@@ -5,7 +5,6 @@ Array names end in their dims: T tokens, I inputs, O outputs.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -20,8 +19,8 @@ from ryzanstein_jax import native
 #: and from which on one that turns weights about is faster still: chosen by measurement.
 FEW_ROWS = {"float32": 32, "bfloat16": 64, "int8": 64}
 MANY_ROWS = {"float32": 33, "bfloat16": 65, "int8": 25}
-#: bfloat16's rows up to which that is so beside instructions for tiles; from there on XLA's library is faster.
-FEW_ROWS_BESIDE_TILES = 8
+#: From which on a processor's instructions for tiles are.
+TILED_ROWS = {"bfloat16": 9, "int8": 16}
 #: Bytes of activations up to which kernels take them; of more, they would read too many too often.
 MOST_BYTES = 16 << 20
 #: What the outputs of both must be multiples of.
@@ -43,29 +42,28 @@ def takes(rows: int, shape: tuple[int, ...], dtype: Any) -> bool:
     outputs, inputs = shape
     if inputs % (_per_lane(name) * lanes):
         return False
-    return (rows <= _limits(name)[0] and outputs % _COLUMNS == 0) or _are_many(rows, shape, dtype)
+    return (rows <= FEW_ROWS[name] and outputs % _COLUMNS == 0) or _are_many(rows, shape, dtype)
 
 
 def _are_many(rows: int, shape: tuple[int, ...], dtype: Any) -> bool:
-    """Whether these rows are for `packed`, of those that kernels take."""
+    """Whether these rows are for `packed` or `tiles`, of those that kernels take."""
     outputs, inputs = shape
     name, size = str(dtype), jnp.dtype(dtype).itemsize
-    # It takes the registers of AVX-512, and of bfloat16 its products of pairs.
+    # They take the registers of AVX-512, and of bfloat16 its products of pairs.
     able = native.lanes() == 16 and (name != "bfloat16" or native.multiplies_pairs())
     able = able and _PACKED_COLUMNS * inputs * size <= native.MOST_STACK_BYTES and outputs % _PACKED_COLUMNS == 0
-    return able and rows >= _limits(name)[1] and rows * inputs * size <= MOST_BYTES
+    least = TILED_ROWS[name] if _by_tiles(name) else MANY_ROWS[name]
+    return able and rows >= least and rows * inputs * size <= MOST_BYTES
 
 
-def _limits(name: str) -> tuple[int, float]:
-    """Rows up to which kernels for few take a dtype's products, and from which on the one for many does."""
-    if name == "bfloat16" and native.xla_multiplies_tiles():
-        return FEW_ROWS_BESIDE_TILES, math.inf
-    return FEW_ROWS[name], MANY_ROWS[name]
+def _by_tiles(name: str) -> bool:
+    """Whether products of many rows of that dtype are for `tiles`."""
+    return name in TILED_ROWS and native.multiplies_tiles()
 
 
 def _gates(gate: str, rows: int, shape: tuple[int, ...], dtype: Any) -> bool:
     """Whether the kernel for these rows has the activation too."""
-    from ryzanstein_jax.native.packed import GATES
+    from ryzanstein_jax.native.packing import GATES
 
     return gate in GATES and _are_many(rows, shape, dtype)
 
@@ -130,13 +128,16 @@ def product(x_TI: jax.Array, kernel_OI: jax.Array, dtype: Any, gate: str | None 
     said yes."""
     from ryzanstein_jax.native.packed import PackedProduct
     from ryzanstein_jax.native.products import Product, Shape
+    from ryzanstein_jax.native.tiles import TileProduct
 
-    tokens, outputs, name = x_TI.shape[0], kernel_OI.shape[0], str(kernel_OI.dtype)
+    tokens, outputs, name, result = x_TI.shape[0], kernel_OI.shape[0], str(kernel_OI.dtype), str(jnp.dtype(dtype))
     kernel: native.Kernel
-    if _are_many(tokens, kernel_OI.shape, kernel_OI.dtype):
-        kernel = PackedProduct(name, str(jnp.dtype(dtype)), PackedProduct.rows_of(tokens), gate=gate)
+    if not _are_many(tokens, kernel_OI.shape, kernel_OI.dtype):
+        kernel = Product(name, result, Shape.of(tokens, outputs), _per_lane(name) == 2)
+    elif _by_tiles(name):
+        kernel = TileProduct.of(name, result, tokens, gate=gate)
     else:
-        kernel = Product(name, str(jnp.dtype(dtype)), Shape.of(tokens, outputs), _per_lane(name) == 2)
+        kernel = PackedProduct(name, result, PackedProduct.rows_of(tokens), gate=gate)
     return _call(kernel, jax.ShapeDtypeStruct((tokens, outputs // (2 if gate else 1)), dtype), x_TI, kernel_OI)
 
 
@@ -148,11 +149,13 @@ def integer_product(
     from ryzanstein_jax.native.packed import PackedProduct
     from ryzanstein_jax.native.products import IntegerProduct, Shape
     from ryzanstein_jax.native.quantize import Quantize
+    from ryzanstein_jax.native.tiles import TileProduct
 
     (tokens, inputs), outputs = x_TI.shape, kernel_OI.shape[0]
     per_token = [jax.ShapeDtypeStruct((tokens,), dtype) for dtype in (jnp.float32, jnp.int32)]
     kernel: native.Kernel
-    if _are_many(digits * tokens, kernel_OI.shape, kernel_OI.dtype):
+    are_many = _are_many(digits * tokens, kernel_OI.shape, kernel_OI.dtype)
+    if are_many and not _by_tiles("int8"):
         rows = PackedProduct.rows_of(tokens)
         kernel = PackedProduct("int8", "float32", rows, digits, gate)
         words = jax.ShapeDtypeStruct((-(-tokens // rows), inputs // 4, rows), jnp.int32)
@@ -161,6 +164,8 @@ def integer_product(
     else:
         rows = 0
         kernel = IntegerProduct(digits, Shape.of(tokens, outputs, digits))
+        if are_many:
+            kernel = TileProduct.of("int8", "float32", tokens, digits, gate)
         parts = [jax.ShapeDtypeStruct((digits * tokens, inputs), jnp.int8), *per_token]
     q, steps, sums, *high = _call(Quantize(digits, str(x_TI.dtype), mean_step, rows), parts, x_TI)
     result = jax.ShapeDtypeStruct((tokens, outputs // (2 if gate else 1)), jnp.float32)

@@ -242,6 +242,11 @@ class Code(ir.IRBuilder):
         name = {16: "512", 8: "256", 4: "128"}[self.lanes]
         return self._intrinsic(f"llvm.x86.avx512.vpdpbusd.{name}", self.ints, total, unsigned, signed)
 
+    def tiles(self, operation: str, *operands: Any) -> None:
+        """An operation of AMX; an int is the number of a register."""
+        arguments = [ir.Constant(I8, one) if isinstance(one, int) else one for one in operands]
+        self._intrinsic(f"llvm.x86.{operation}", ir.VoidType(), *arguments)
+
     def root(self, value: Any) -> Any:
         """The square root."""
         return self._intrinsic(f"llvm.sqrt.{self._suffix(value)}", value.type, value)
@@ -269,7 +274,7 @@ class Code(ir.IRBuilder):
         return self.extract_element(value, ir.Constant(I32, 0))
 
     def exp(self, value: Any) -> Any:
-        """e^x of numbers up to 1, relative error below 2e-7 + 9e-8 |x|; 0 below -87. Of NaN it is NaN."""
+        """e^x of numbers up to 87, relative error below 2e-7 + 9e-8 |x|; 0 below -87. Of NaN it is NaN."""
         floor = self.vec(-126.0)
         scaled = self.fmul(value, self.vec(math.log2(math.e)))
         nothing = self.fcmp_ordered("<=", scaled, floor)
@@ -286,10 +291,10 @@ class Code(ir.IRBuilder):
         return self.select(nothing, self.vec(0.0), self.fmul(total, power))
 
     def sigmoid(self, value: Any) -> Any:
-        """1 / (1 + e^-x), by e^-|x|."""
-        power = self.exp(self.fneg(self.size_of(value)))
-        negative = self.fcmp_ordered("<", value, self.vec(0.0))
-        return self.fdiv(self.select(negative, power, self.vec(1.0)), self.fadd(self.vec(1.0), power))
+        """1 / (1 + e^-x), of numbers below -87 as of that."""
+        most, opposite = self.vec(87.0), self.fneg(value)
+        power = self.exp(self.select(self.fcmp_ordered(">", opposite, most), most, opposite))
+        return self.fdiv(self.vec(1.0), self.fadd(self.vec(1.0), power))
 
     def exp_scalar(self, value: Any) -> Any:
         return self.extract_element(self.exp(self.splat(value)), ir.Constant(I32, 0))

@@ -58,7 +58,7 @@ def test_exp(lanes):
         call(lanes, by_vectors(lambda code, x: code.exp(x)), source, found)
         return source
 
-    x = exp(np.linspace(-87.0, 1.0, 4096))
+    x = exp(np.linspace(-87.0, 87.0, 4096))
     wanted = np.exp(x.astype(np.float64))
     assert np.all(np.abs(found - wanted) <= (2e-7 + 9e-8 * np.abs(x)) * wanted)
     x = exp(np.linspace(-0.01, 0.01, 4095))
@@ -69,6 +69,17 @@ def test_exp(lanes):
     assert not found.any()
     exp([np.nan, -np.nan])
     assert np.isnan(found).all(), "what is no number must be seen"
+
+
+@pytest.mark.parametrize("lanes", PROCESSORS)
+def test_sigmoid(lanes):
+    source, found = np.linspace(-87.0, 87.0, 4096).astype(np.float32), np.empty(4096, np.float32)
+    call(lanes, by_vectors(lambda code, x: code.sigmoid(x)), source, found)
+    wanted = 1 / (1 + np.exp(-source.astype(np.float64)))
+    assert np.all(np.abs(found - wanted) <= (4e-7 + 9e-8 * np.abs(source)) * wanted)
+    source = np.resize(np.asarray([-88.0, -1e4, -3e38, -np.inf, 88.0, 3e38, np.inf, np.nan], np.float32), 4096)
+    call(lanes, by_vectors(lambda code, x: code.sigmoid(x)), source, found)
+    assert np.all((found[:4] > 0) & (found[:4] < 1e-37)) and np.all(found[4:7] == 1.0) and np.isnan(found[7])
 
 
 @pytest.mark.parametrize("lanes", PROCESSORS)

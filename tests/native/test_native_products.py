@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from llvmlite import binding
 
 from ryzanstein_jax import native
 from ryzanstein_jax.model import int8
@@ -49,10 +50,11 @@ def calls_take(rows, size, dtype):
         return calls.takes(rows, size, dtype)
 
 
-@pytest.fixture(params=[False, True], ids=["", "tiles"])
+@pytest.fixture(params=[False, True] if native.processor().tiles else [False], ids=lambda on: "tiles" if on else "")
 def tiles(request, monkeypatch):
-    """Whether XLA's library counts as faster with bfloat16 in more than a few rows."""
-    monkeypatch.setattr(native, "xla_multiplies_tiles", lambda: request.param)
+    """Whether the processor multiplies tiles, where this one does."""
+    processor = native.processor()._replace(tiles=request.param)
+    monkeypatch.setattr(native, "processor", lambda: processor)
     jax.clear_caches()
     yield request.param
     jax.clear_caches()
@@ -65,7 +67,7 @@ def test_bfloat16(tiles, rows, size, result):
     x, kernel = operands(rows, size, jnp.bfloat16)
     with jax.set_mesh(make_mesh(1)):
         ours, y = calls_ours(lambda x, kernel: product(x, kernel, result), x, kernel)
-    assert ours == calls_take(rows, size, "bfloat16") and not (tiles and ours and rows > calls.FEW_ROWS_BESIDE_TILES)
+    assert ours == calls_take(rows, size, "bfloat16")
     wanted = np.asarray(x, np.float64) @ np.asarray(kernel, np.float64).T
     assert y.dtype == result
     # A result in bfloat16 has eight bits; sums are in float32.
@@ -75,7 +77,7 @@ def test_bfloat16(tiles, rows, size, result):
 @pytest.mark.parametrize("digits", [1, 2])
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("rows", ROWS)
-def test_int8_is_xlas_exact_product_scaled(rows, size, digits):
+def test_int8_is_xlas_exact_product_scaled(tiles, rows, size, digits):
     rng = np.random.default_rng(rows)
     x = jnp.asarray(rng.standard_normal((rows, size[1])) * 10.0 ** rng.integers(-3, 3, (rows, 1)), jnp.float32)
     x = x.at[0, ::9].multiply(40).at[rows // 2, 5].multiply(3000).at[-1].set(0)
@@ -92,7 +94,7 @@ def test_int8_is_xlas_exact_product_scaled(rows, size, digits):
 
 @pytest.mark.parametrize("rows", [1, 13, 40])
 @pytest.mark.parametrize("digits", [1, 2])
-def test_int8_lets_nan_through(digits, rows):
+def test_int8_lets_nan_through(tiles, digits, rows):
     x = jnp.ones((rows, 64), jnp.float32).at[0, 3].set(jnp.nan)
     with jax.set_mesh(make_mesh(1)):
         ours, y = calls_ours(lambda *a: int8.product(*a, digits), x, jnp.ones((64, 64), jnp.int8), jnp.ones(64))
@@ -164,9 +166,8 @@ def test_tiles_hold_the_digits_and_list_the_words_that_have_high_ones(digits):
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize(("gate", "rows"), [("silu", 2), ("silu", 70), ("gelu_tanh", 70), ("gelu", 70)])
-def test_gated(monkeypatch, gate, rows, kind):
+def test_gated(tiles, gate, rows, kind):
     """activation(first) * second of each pair, also of values that an exponential does not reach."""
-    monkeypatch.setattr(native, "xla_multiplies_tiles", lambda: False)
     dtype = "bfloat16" if kind == "bfloat16" else "float32"
     x, kernel = operands(rows, (128, 64), dtype)
     x = x.at[0].multiply(40).at[1].set(0)
@@ -240,12 +241,26 @@ def test_sharded_gates_and_int8(kind, sharded, gate, rows):
     np.testing.assert_allclose(y, wanted, rtol=1e-4, atol=1e-2)
 
 
-def test_who_has_instructions_for_tiles(monkeypatch):
-    for features, version, found in (("+amx-bf16,+avx512f", (0, 12, 0), True), ("+amx-bf16", (0, 11, 2), False),
-                                     ("-amx-bf16,+amx-tile", (0, 12, 1), False)):  # fmt: skip
-        monkeypatch.setattr(native, "processor", lambda features=features: native.Processor("", features, 16))
-        monkeypatch.setattr(jax, "__version_info__", version)
-        assert native.xla_multiplies_tiles() == found
+@pytest.mark.parametrize(
+    ("missing", "system", "refusal", "found"),
+    [("", "Linux", 0, True), ("amx-int8", "Linux", 0, False), ("", "Darwin", 0, False), ("", "Linux", -1, False)],
+)
+def test_who_multiplies_tiles(monkeypatch, missing, system, refusal, found):
+    features = dict.fromkeys(("avx2", "fma", "avx512f", *native._TILE_FEATURES), True) | {missing: False}
+    known = binding.FeatureMap(features)
+    asked = []
+
+    class Library:
+        def syscall(self, *arguments):
+            asked.append(arguments)
+            return refusal
+
+    monkeypatch.setattr(binding, "get_host_cpu_features", lambda: known)
+    monkeypatch.setattr(native.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(native.platform, "system", lambda: system)
+    monkeypatch.setattr(native.ctypes, "CDLL", lambda name: Library())
+    assert native.processor.__wrapped__().tiles == found
+    assert asked == ([(158, 0x1023, 18)] if not missing and system == "Linux" else [])
 
 
 def test_what_they_do_not_take(monkeypatch):
