@@ -103,6 +103,12 @@ def multiplies_bytes() -> bool:
     return processor().has("avx512vnni" if processor().lanes == 16 else "avxvnni")
 
 
+def sees_what_is_next() -> bool:
+    """Whether the processor reads on by itself where several rows of a kernel are read at a time: measured, on a Zen 5
+    reading is fastest so; on a Xeon (Sapphire Rapids) it is a quarter to a half faster if asked for."""
+    return processor().name.startswith("znver")
+
+
 def available() -> bool:
     """Whether they are wanted, and can be compiled here."""
     return wanted() and find_spec("llvmlite") is not None and processor().lanes > 0

@@ -133,7 +133,8 @@ def product(x_TI: jax.Array, kernel_OI: jax.Array, dtype: Any, gate: str | None 
     tokens, outputs, name, result = x_TI.shape[0], kernel_OI.shape[0], str(kernel_OI.dtype), str(jnp.dtype(dtype))
     kernel: native.Kernel
     if not _are_many(tokens, kernel_OI.shape, kernel_OI.dtype):
-        kernel = Product(name, result, Shape.of(tokens, outputs), _per_lane(name) == 2)
+        paired = _per_lane(name) == 2
+        kernel = Product(name, result, Shape.of(tokens, outputs), paired, not native.sees_what_is_next())
     elif _by_tiles(name):
         kernel = TileProduct.of(name, result, tokens, gate=gate)
     else:
@@ -163,7 +164,7 @@ def integer_product(
         parts = [words, *per_token, *([words, lists] if digits == 2 else [])]
     else:
         rows = 0
-        kernel = IntegerProduct(digits, Shape.of(tokens, outputs, digits))
+        kernel = IntegerProduct(digits, Shape.of(tokens, outputs, digits), not native.sees_what_is_next())
         if are_many:
             kernel = TileProduct.of("int8", "float32", tokens, digits, gate)
         parts = [jax.ShapeDtypeStruct((digits * tokens, inputs), jnp.int8), *per_token]

@@ -88,12 +88,15 @@ class Product(_TiledProduct):
         result: dtype of the result, the same or "float32".
         shape: of tiles and tasks.
         paired: whether the processor multiplies pairs of bfloat16 and adds them up in float32.
+        always_ask: whether to ask for the weights that come next also where one row does little with what it reads:
+            some processors (`native.sees_what_is_next`) know by themselves then.
     """
 
     dtype: str
     result: str
     shape: Shape
     paired: bool
+    always_ask: bool = False
 
     operands = 2
 
@@ -116,10 +119,12 @@ class IntegerProduct(_TiledProduct):
     Attributes:
         digits: 1 or 2.
         shape: of tiles and tasks.
+        always_ask: as `Product` has it.
     """
 
     digits: int
     shape: Shape
+    always_ask: bool = False
 
     operands = 5
     result = "float32"
@@ -170,8 +175,7 @@ class _Tile(ABC):
         ]
         columns = self.kernel.shape.columns
         w_rows = [self._row(_W, code.calc(column, "+", c)) for c in range(columns)]
-        # Where one row does little with what it reads, the processor sees by itself what is read next.
-        soon = range(columns, 2 * columns) if rows > 1 else ()
+        soon = range(columns, 2 * columns) if rows > 1 or self.kernel.always_ask else ()
         next_rows = [self._row(_W, code.calc(column, "+", c)) for c in soon]
         sums = [[code.variable(self.zero()) for _ in w_rows] for _ in x_rows]
         with code.loop(0, self.inputs, self.kernel.unit * code.lanes) as i:
