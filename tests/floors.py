@@ -37,7 +37,6 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "native.attention",
         "native.products",
         "native.quantize",
-        "native.packing",
         "native.packed",
         "native.tiles",
         "native.rotate",

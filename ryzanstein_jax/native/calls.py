@@ -63,7 +63,7 @@ def _by_tiles(name: str) -> bool:
 
 def _gates(gate: str, rows: int, shape: tuple[int, ...], dtype: Any) -> bool:
     """Whether the kernel for these rows has the activation too."""
-    from ryzanstein_jax.native.packing import GATES
+    from ryzanstein_jax.native.packed import GATES
 
     return gate in GATES and _are_many(rows, shape, dtype)
 
@@ -126,19 +126,21 @@ def _part(shape: tuple[int, ...], spec: PartitionSpec, size: int) -> tuple[int, 
 def product(x_TI: jax.Array, kernel_OI: jax.Array, dtype: Any, gate: str | None = None) -> jax.Array:
     """x W^T, [T, O] of that dtype, or [T, O / 2] with a gate; both operands are float32 or both bfloat16, and `takes`
     said yes."""
+    from ryzanstein_jax.native import tiles
     from ryzanstein_jax.native.packed import PackedProduct
     from ryzanstein_jax.native.products import Product, Shape
-    from ryzanstein_jax.native.tiles import TileProduct
 
-    tokens, outputs, name, result = x_TI.shape[0], kernel_OI.shape[0], str(kernel_OI.dtype), str(jnp.dtype(dtype))
+    (tokens, inputs), outputs, name = x_TI.shape, kernel_OI.shape[0], str(kernel_OI.dtype)
+    wanted = str(jnp.dtype(dtype))
     kernel: native.Kernel
     if not _are_many(tokens, kernel_OI.shape, kernel_OI.dtype):
         paired = _per_lane(name) == 2
-        kernel = Product(name, result, Shape.of(tokens, outputs), paired, not native.sees_what_is_next())
+        kernel = Product(name, wanted, Shape.of(tokens, outputs), paired, not native.sees_what_is_next())
     elif _by_tiles(name):
-        kernel = TileProduct.of(name, result, tokens, gate=gate)
+        kernel = tiles.TileProduct.of(name, wanted, tokens, gate=gate)
+        x_TI = _call(tiles.TileRows(), _words(tokens, inputs // 2, tiles.SIDE), x_TI)
     else:
-        kernel = PackedProduct(name, result, PackedProduct.rows_of(tokens), gate=gate)
+        kernel = PackedProduct(name, wanted, PackedProduct.rows_of(tokens), gate=gate)
     return _call(kernel, jax.ShapeDtypeStruct((tokens, outputs // (2 if gate else 1)), dtype), x_TI, kernel_OI)
 
 
@@ -147,30 +149,36 @@ def integer_product(
     gate: str | None = None,
 ) -> jax.Array:  # fmt: skip
     """As `model.int8.product`, float32 [T, O], or [T, O / 2] with a gate."""
+    from ryzanstein_jax.native import tiles
     from ryzanstein_jax.native.packed import PackedProduct
     from ryzanstein_jax.native.products import IntegerProduct, Shape
     from ryzanstein_jax.native.quantize import Quantize
-    from ryzanstein_jax.native.tiles import TileProduct
 
     (tokens, inputs), outputs = x_TI.shape, kernel_OI.shape[0]
-    per_token = [jax.ShapeDtypeStruct((tokens,), dtype) for dtype in (jnp.float32, jnp.int32)]
+    rows, listed = 0, False
     kernel: native.Kernel
-    are_many = _are_many(digits * tokens, kernel_OI.shape, kernel_OI.dtype)
-    if are_many and not _by_tiles("int8"):
-        rows = PackedProduct.rows_of(tokens)
-        kernel = PackedProduct("int8", "float32", rows, digits, gate)
-        words = jax.ShapeDtypeStruct((-(-tokens // rows), inputs // 4, rows), jnp.int32)
-        lists = jax.ShapeDtypeStruct((words.shape[0], 1 + inputs // 4), jnp.int32)
-        parts = [words, *per_token, *([words, lists] if digits == 2 else [])]
-    else:
-        rows = 0
+    if not _are_many(digits * tokens, kernel_OI.shape, kernel_OI.dtype):
         kernel = IntegerProduct(digits, Shape.of(tokens, outputs, digits), not native.sees_what_is_next())
-        if are_many:
-            kernel = TileProduct.of("int8", "float32", tokens, digits, gate)
-        parts = [jax.ShapeDtypeStruct((digits * tokens, inputs), jnp.int8), *per_token]
-    q, steps, sums, *high = _call(Quantize(digits, str(x_TI.dtype), mean_step, rows), parts, x_TI)
+    elif _by_tiles("int8"):
+        rows, kernel = tiles.SIDE, tiles.TileProduct.of("int8", "float32", tokens, digits, gate)
+    else:
+        rows, listed = PackedProduct.rows_of(tokens), digits == 2
+        kernel = PackedProduct("int8", "float32", rows, digits, gate)
+    parts = [jax.ShapeDtypeStruct((tokens,), dtype) for dtype in (jnp.float32, jnp.int32)]
+    if rows:
+        words = _words(tokens, inputs // 4, rows)
+        lists = jax.ShapeDtypeStruct((words.shape[0], 1 + inputs // 4), jnp.int32)
+        parts = [words, *parts, *([words] if digits == 2 else []), *([lists] if listed else [])]
+    else:
+        parts.insert(0, jax.ShapeDtypeStruct((digits * tokens, inputs), jnp.int8))
+    q, steps, sums, *high = _call(Quantize(digits, str(x_TI.dtype), mean_step, rows, listed), parts, x_TI)
     result = jax.ShapeDtypeStruct((tokens, outputs // (2 if gate else 1)), jnp.float32)
     return _call(kernel, result, q, kernel_OI, steps, sums, scale_O, *high)
+
+
+def _words(tokens: int, words: int, rows: int) -> jax.ShapeDtypeStruct:
+    """Tokens as words by tiles of so many rows."""
+    return jax.ShapeDtypeStruct((-(-tokens // rows), words, rows), jnp.int32)
 
 
 def norm(x: jax.Array, scale_D: jax.Array, eps: float, offset: float) -> jax.Array | None:

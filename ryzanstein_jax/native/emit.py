@@ -206,9 +206,9 @@ class Code(ir.IRBuilder):
         self.store(value, place)
         return place
 
-    def prefetch(self, base: Any, index: Any, type_: ir.Type = F32) -> None:
-        """Asks for the cache line of an element that will be read soon."""
-        arguments = [self.at(base, index, type_), *(ir.Constant(I32, number) for number in (0, 3, 1))]
+    def prefetch(self, base: Any, index: Any, type_: ir.Type = F32, near: bool = True) -> None:
+        """Asks for the cache line of an element that will be read soon, into a core's nearest cache or the next."""
+        arguments = [self.at(base, index, type_), *(ir.Constant(I32, number) for number in (0, 3 if near else 2, 1))]
         self._intrinsic("llvm.prefetch.p0", ir.VoidType(), *arguments)
 
     # --- vectors
@@ -305,6 +305,10 @@ class Code(ir.IRBuilder):
         keep = [lane - step + self.lanes if lane & step else lane for lane in lanes]
         move = [lane + self.lanes if lane & step else lane + step for lane in lanes]
         return self.shuffle_vector(a, b, indices(keep)), self.shuffle_vector(a, b, indices(move))
+
+    def alternating(self, a: Any, b: Any) -> list[Any]:
+        """Of the lanes of a and then b, the even ones, and the odd ones."""
+        return [self.shuffle_vector(a, b, indices(range(k, 2 * self.lanes, 2))) for k in range(2)]
 
     def transposed(self, rows: Sequence[Any]) -> list[Any]:
         """As many vectors as each has lanes, as a matrix, transposed."""

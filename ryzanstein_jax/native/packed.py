@@ -1,24 +1,47 @@
 """Products y = x W^T of many rows on a CPU: as `products`, but for arithmetic, not for memory.
 
-Weights are packed (`packing`), and the sums of a dozen rows stay in registers: each number of the rows is read once,
-spread over a vector, and multiplied with both vectors of outputs.
+A task takes a block of outputs, as many as fit two vectors, and first turns their weights about, so that outputs lie in
+lanes and a step along the inputs reads two vectors. Then the sums of a dozen rows stay in registers: each number of the
+rows is read once, spread over a vector, and multiplied with both. A number here is a word of four bytes: one float32,
+two bfloat16 or four int8, whose products a lane adds up.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from llvmlite import ir
 
-from ryzanstein_jax.native.emit import BF16, I32
-from ryzanstein_jax.native.packing import VECTORS, PackedTask
-from ryzanstein_jax.native.products import raised
+from ryzanstein_jax.native.emit import BF16, I32, Code
+from ryzanstein_jax.native.products import raised, scaled
+from ryzanstein_jax.native.xla import Buffers, add_handler
 
 #: Most rows of a tile: with two vectors of outputs, sums for them fill three quarters of 32 registers.
 MOST_ROWS = 12
-_X, _HIGH, _LISTS = 0, 5, 6
+_VECTORS = 2
+_WORDS_PER_LINE = 16
+_X, _W = 0, 1
+_HIGH, _LISTS = 5, 6
+#: Activations x * sigmoid(f(x)), and their f.
+GATES: dict[str, Callable[[Code, Any], Any]] = {
+    "silu": lambda code, x: x,
+    # 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))), for tanh(u) = 2 sigmoid(2 u) - 1
+    "gelu_tanh": lambda code, x: code.fmul(
+        code.fmul(x, code.vec(math.sqrt(8 / math.pi))),
+        code.multiply_add(code.fmul(x, x), code.vec(0.044715), code.vec(1.0)),
+    ),
+}
+#: Numbers of a word, by dtype.
+PER_WORD = {"float32": 1, "bfloat16": 2, "int8": 4}
+
+
+def gated(code: Code, gate: str, x: Any, y: Any) -> Any:
+    """activation(x) * y."""
+    return code.fmul(code.fmul(x, code.sigmoid(GATES[gate](code, x))), y)
 
 
 @dataclass(frozen=True)
@@ -31,7 +54,7 @@ class PackedProduct:
         result: dtype of the result.
         rows: of a tile.
         digits: of int8, 1 or 2.
-        gate: as `packing.PackedTask` has it.
+        gate: an activation of `GATES`: outputs lie in pairs, and of each the result has activation(first) * second.
     """
 
     dtype: str
@@ -47,43 +70,79 @@ class PackedProduct:
         return -(-tokens // tiles)
 
     def add_to(self, module: ir.Module, name: str, lanes: int) -> None:
-        _Task.add_handler(self, module, name, lanes, 3 + 2 * self.digits if self.dtype == "int8" else 2)
+        operands = 3 + 2 * self.digits if self.dtype == "int8" else 2
+
+        def count(code: Code, buffers: Buffers) -> Any:
+            return code.calc(buffers.dim(_W, 0), "/", _VECTORS * lanes)
+
+        add_handler(module, name, lanes, operands, 1, count, lambda *where: _Task(self, *where[:2]).write(where[2]))
 
 
-class _Task(PackedTask):
-    def multiply(self, first: Any, packed: Any, soon: Any) -> None:
+class _Task:
+    def __init__(self, kernel: PackedProduct, code: Code, buffers: Buffers):
+        self.kernel, self.code, self.data = kernel, code, buffers.data
+        self.tokens, self.outputs = buffers.dim(len(self.data) - 1, 0), buffers.dim(_W, 0)
+        self.words = code.calc(buffers.dim(_W, 1), "/", PER_WORD[kernel.dtype])
+        self.columns = _VECTORS * code.lanes
+        self.threads = buffers.threads()
+
+    def write(self, task: Any) -> None:
         code, kernel = self.code, self.kernel
+        first = code.calc(task, "*", self.columns)
+        packed = self._pack(first)
+        self.soon = self._next_weights(task)
         with code.loop(0, self.tokens, kernel.rows) as top:
             # A cache line with each word: the first tile asks for half of them, the others for the other half.
-            line = code.calc(code.least(code.calc(top, "/", kernel.rows), 1), "*", self.words)
+            self.lines = code.calc(code.least(code.calc(top, "/", kernel.rows), 1), "*", self.words)
             # What is left over at the end is computed several times, and comes out the same.
             tokens = [code.least(code.calc(top, "+", t), code.calc(self.tokens, "-", 1)) for t in range(kernel.rows)]
-            sums = [[code.variable(self._zero()) for _ in range(VECTORS)] for _ in tokens]
-            tile = code.calc(top, "/", kernel.rows)
-            if kernel.dtype == "int8" and kernel.digits == 2:
-                self._add_high(packed, tile, sums)
-            begins = [code.calc(token, "*", self.words) for token in tokens]
-            with code.loop(0, self.words) as word:
-                self.ask_for(soon, code.calc(line, "+", word))
-                if kernel.dtype == "int8":
-                    places = self._places(_X, code.calc(tile, "*", self.words, "+", word))
-                else:
-                    places = [code.at(self.data[_X], code.calc(begin, "+", word), I32) for begin in begins]
-                self._add_word(packed, word, places, sums)
-            for token, of_token in zip(tokens, sums, strict=True):
-                self.finish(token, first, [code.load(place) for place in of_token])
+            sums = [[code.variable(self._zero()) for _ in range(_VECTORS)] for _ in tokens]
+            if kernel.dtype == "int8":
+                self._add_tile(packed, code.calc(top, "/", kernel.rows), sums)
+            else:
+                rows = [code.at(self.data[_X], code.calc(token, "*", self.words), I32) for token in tokens]
+                with code.loop(0, self.words) as word:
+                    self._ask_for_weights(word)
+                    self._add_word(packed, word, [code.at(row, word, I32) for row in rows], sums)
+            for token, places in zip(tokens, sums, strict=True):
+                outputs = [code.calc(first, "+", v * code.lanes) for v in range(_VECTORS)]
+                results = [self._result(token, output, code.load(p)) for output, p in zip(outputs, places, strict=True)]
+                if kernel.gate:
+                    results = [self._gated(kernel.gate, *results)]
+                begin = code.calc(token, "*", self.outputs, "+", first, "/", _VECTORS // len(results))
+                for v, result in enumerate(results):
+                    code.write(result, self.data[-1], code.calc(begin, "+", v * code.lanes), kernel.result)
 
-    def _add_high(self, packed: Any, tile: Any, sums: list[list[Any]]) -> None:
-        """Adds the products of a tile's high digits."""
+    def _gated(self, gate: str, a: Any, b: Any) -> Any:
+        """Of pairs that lie one behind the other in a and b."""
+        return gated(self.code, gate, *self.code.alternating(a, b))
+
+    def _add_tile(self, packed: Any, tile: Any, sums: list[list[Any]]) -> None:
+        """Adds the products of a tile of int8, high digits first."""
         code = self.code
-        begin = code.calc(self.words, "+", 1, "*", tile)
-        with code.loop(0, code.get(self.data[_LISTS], begin, I32)) as number:
-            word = code.get(self.data[_LISTS], code.calc(begin, "+", 1, "+", number), I32)
-            self._add_word(packed, word, self._places(_HIGH, code.calc(tile, "*", self.words, "+", number)), sums)
-        for place in itertools.chain(*sums):
-            code.store(raised(code, code.load(place)), place)
+        first = code.calc(tile, "*", self.words)
+        if self.kernel.digits == 2:
+            begin = code.calc(self.words, "+", 1, "*", tile)
+            with code.loop(0, code.get(self.data[_LISTS], begin, I32)) as number:
+                word = code.get(self.data[_LISTS], code.calc(begin, "+", 1, "+", number), I32)
+                self._add_word(packed, word, self._rows(_HIGH, code.calc(first, "+", number)), sums)
+            for place in itertools.chain(*sums):
+                code.store(raised(code, code.load(place)), place)
+        with code.loop(0, self.words) as word:
+            self._ask_for_weights(word)
+            self._add_word(packed, word, self._rows(_X, code.calc(first, "+", word)), sums)
 
-    def _places(self, operand: int, number: Any) -> list[Any]:
+    def _next_weights(self, task: Any) -> Any:
+        """Where the weights lie of the task that this thread may well take next: memory is idle until then."""
+        code = self.code
+        last = code.calc(self.outputs, "/", self.columns, "-", 1)
+        number = code.least(code.calc(task, "+", self.threads), last)
+        return code.at(self.data[_W], code.calc(number, "*", self.columns, "*", self.words), I32)
+
+    def _ask_for_weights(self, word: Any) -> None:
+        self.code.prefetch(self.soon, self.code.calc(self.lines, "+", word, "*", _WORDS_PER_LINE), I32)
+
+    def _rows(self, operand: int, number: Any) -> list[Any]:
         """Where the rows of a word in tiles are."""
         begin = self.code.at(self.data[operand], self.code.calc(number, "*", self.kernel.rows), I32)
         return [self.code.at(begin, row, I32) for row in range(self.kernel.rows)]
@@ -92,11 +151,35 @@ class _Task(PackedTask):
         """Adds the products of one word of each row and of the weights."""
         code = self.code
         place = code.at(packed, code.calc(word, "*", self.columns), I32)
-        weights = [self._as_operand(self.vector(place, v * code.lanes)) for v in range(VECTORS)]
+        weights = [self._as_operand(self._vector(place, v * code.lanes)) for v in range(_VECTORS)]
         for row, places in zip(rows, sums, strict=True):
             number = self._as_operand(code.splat(code.load(row, typ=I32)))
             for weight, total in zip(weights, places, strict=True):
                 code.store(self._added(code.load(total), number, weight), total)
+
+    def _pack(self, first: Any) -> Any:
+        """The weights of a task as [words, outputs]."""
+        code, lanes = self.code, self.code.lanes
+        packed = code.scratch(code.calc(self.words, "*", 4 * self.columns))
+        with code.loop(0, self.words, lanes) as word:
+            for v in range(_VECTORS):
+                rows = []
+                for lane in range(lanes):
+                    row = code.calc(first, "+", v * lanes + lane, "*", self.words, "+", word)
+                    rows.append(self._flipped(self._vector(self.data[_W], row)))
+                for lane, column in enumerate(code.transposed(rows)):
+                    index = code.calc(word, "+", lane, "*", self.columns, "+", v * lanes)
+                    code.store(column, code.at(packed, index, I32), align=4)
+        return packed
+
+    def _vector(self, base: Any, index: Any) -> Any:
+        return self.code.load(self.code.at(base, index, I32), typ=self.code.ints, align=4)
+
+    def _flipped(self, words: Any) -> Any:
+        """int8 weights w as w + 128, unsigned."""
+        if self.kernel.dtype != "int8":
+            return words
+        return self.code.unsigned_bytes(words)
 
     def _zero(self) -> Any:
         code = self.code
@@ -113,3 +196,6 @@ class _Task(PackedTask):
         if dtype == "float32":
             return code.multiply_add(number, weight, total)
         return code.bytes_added(total, weight, number) if dtype == "int8" else code.pairs_added(total, number, weight)
+
+    def _result(self, token: Any, output: Any, total: Any) -> Any:
+        return scaled(self.code, self.data, token, output, total) if self.kernel.dtype == "int8" else total

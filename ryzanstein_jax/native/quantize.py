@@ -24,20 +24,22 @@ class Quantize:
     Operand: x [T, I]. Results: the digits; float32 [T], what a step counts; int32 [T], the sum of a token's values in
     steps.
 
-    Digits are int8 [digits * T, I], low ones first. For `packed.PackedProduct` they are words of four inputs, int32
-    [tiles, I / 4, rows], and there are two more results with two digits: high ones in the same form, but of words alone
-    that are not zero in some row, one behind the other; and int32 [tiles, 1 + I / 4], how many these are, and which.
+    Digits are int8 [digits * T, I], low ones first. By tiles they are words of four inputs, int32 [tiles, I / 4, rows];
+    high ones, in the same form, are another result. For `packed.PackedProduct` these are only the words that are not
+    zero in some row, one behind the other, and one more result, int32 [tiles, 1 + I / 4], says how many, and which.
 
     Attributes:
         dtype: of x.
         mean_step: `model.int8.MEAN_STEP`.
         rows: tokens of a tile; 0 where there are none.
+        listed: whether words of high digits are listed.
     """
 
     digits: int
     dtype: str
     mean_step: float
     rows: int = 0
+    listed: bool = False
 
     def add_to(self, module: ir.Module, name: str, lanes: int) -> None:
         tokens = self.rows or _TOKENS
@@ -48,12 +50,7 @@ class Quantize:
         def task(code: Code, buffers: Buffers, number: Any) -> None:
             _Task(self, code, buffers).write(number, tokens)
 
-        add_handler(module, name, lanes, 1, 3 + 2 * self.listed, count, task)
-
-    @property
-    def listed(self) -> bool:
-        """Whether high digits are listed."""
-        return self.rows > 0 and self.digits == 2
+        add_handler(module, name, lanes, 1, 3 + (self.rows > 0 and self.digits == 2) + self.listed, count, task)
 
 
 class _Task:

@@ -1,8 +1,9 @@
 """Products y = x W^T of many rows on processors that multiply tiles (AMX).
 
-A tile is a register of sixteen rows of 64 bytes. One instruction adds the product of two tiles to a third: sixteen rows
-of activations, which lie as they are, by sixteen outputs, whose weights are packed (`packing`), along sixteen words.
-Four products share what two tiles of activations and two of weights hold, and eight registers are all that there are.
+A tile is a register of sixteen rows of 64 bytes, and eight registers are all that there are. One instruction adds the
+products of two tiles to a third, along sixteen words of four bytes: sixteen outputs, whose weights are read as they
+lie, by sixteen tokens. These come as words in columns, so they are laid out before (`TileRows`, or for int8
+`quantize.Quantize`), once for all outputs. Sums are turned about as they leave the registers.
 """
 
 from __future__ import annotations
@@ -12,38 +13,71 @@ from typing import Any
 
 from llvmlite import ir
 
-from ryzanstein_jax.native.emit import I8, I16, I32, I64
-from ryzanstein_jax.native.packing import VECTORS, PackedTask
+from ryzanstein_jax.native.emit import F32, I8, I16, I32, I64, Code
+from ryzanstein_jax.native.packed import PER_WORD, gated
 from ryzanstein_jax.native.products import raised
+from ryzanstein_jax.native.xla import Buffers, add_handler
 
-#: Rows of a tile, and bytes of a row; words of a row are as many as rows.
-ROWS = 16
-_ROW_BYTES = 64
-#: Registers: sums of each tile of rows with each of outputs, then rows, then weights.
-_REGISTERS, _OF_ROWS, _OF_WEIGHTS = 8, 4, 6
-_TILE_WORDS = ROWS * _ROW_BYTES // 4
-#: Where the description of the registers has its parts: its version, bytes of a row, rows.
-_VERSION, _DESCRIBED_BYTES, _DESCRIBED_ROWS = 0, 16, 48
-_X = 0
+#: Rows of a tile, and words of a row.
+SIDE = 16
+_ROW_BYTES = 4 * SIDE
+_TILE_WORDS = SIDE * SIDE
+#: Tiles of outputs, and at most of tokens or their digits, that are multiplied with each other.
+_OF_OUTPUTS, _OF_TOKENS = 2, 2
+#: Outputs of a task.
+COLUMNS = _OF_OUTPUTS * SIDE
+#: The first register of weights and of tokens; the others hold sums, of a tile of tokens with each of outputs in turn.
+_WEIGHTS, _TOKENS, _REGISTERS = 4, 6, 8
+#: Where the description of the registers has its parts: a version, bytes of a row, rows.
+_VERSION, _SIZES, _ROWS = 0, 16, 48
+# Operands, as `products.IntegerProduct` has them, and high digits.
+_X, _W, _STEPS, _CHANNELS, _HIGH = 0, 1, 2, 4, 5
+
+
+@dataclass(frozen=True)
+class TileRows:
+    """Tokens laid out for tiles: bfloat16 [T, I] as words of two inputs, int32 [tiles, I / 2, SIDE].
+
+    Where tokens do not fill the last tile, the last of them does.
+    """
+
+    def add_to(self, module: ir.Module, name: str, lanes: int) -> None:
+        def count(code: Code, buffers: Buffers) -> Any:
+            return buffers.dim(1, 0)
+
+        def task(code: Code, buffers: Buffers, tile: Any) -> None:
+            last = code.calc(buffers.dim(0, 0), "-", 1)
+            words, (x, result) = buffers.dim(1, 1), buffers.data
+            with code.loop(0, words, SIDE) as word:
+                rows = []
+                for row in range(SIDE):
+                    token = code.least(code.calc(tile, "*", SIDE, "+", row), last)
+                    place = code.at(x, code.calc(token, "*", words, "+", word), I32)
+                    rows.append(code.load(place, typ=code.ints, align=4))
+                for number, column in enumerate(code.transposed(rows)):
+                    place = code.calc(tile, "*", words, "+", word, "+", number, "*", SIDE)
+                    code.store(column, code.at(result, place, I32), align=4)
+
+        add_handler(module, name, lanes, 1, 1, count, task)
 
 
 @dataclass(frozen=True)
 class TileProduct:
-    """Operands and result are those of `products.Product`, or with int8 of `products.IntegerProduct`.
+    """Results are those of `products.Product`, or with int8 of `products.IntegerProduct`.
+
+    Operands are too, but that tokens are laid out for tiles; high digits of int8, if there are two, are the last.
 
     Attributes:
         dtype: of the kernel, "bfloat16" or "int8".
         result: dtype of the result.
-        rows: of a tile.
-        tiles: of rows that are multiplied together: both digits of some tokens, or some tokens and the next.
+        tiles: of tokens that are multiplied together; one where there are two digits of each.
         spread: among how many of these, at most, the weights of the next task are asked for: a power of two.
         digits: of int8, 1 or 2.
-        gate: as `packing.PackedTask` has it.
+        gate: an activation of `packed.GATES`, as `packed.PackedProduct` has it.
     """
 
     dtype: str
     result: str
-    rows: int
     tiles: int
     spread: int
     digits: int = 1
@@ -52,85 +86,125 @@ class TileProduct:
     @classmethod
     def of(cls, dtype: str, result: str, tokens: int, digits: int = 1, gate: str | None = None) -> TileProduct:
         """For that many tokens."""
-        tiles = 2 if digits == 2 or tokens > ROWS else 1
-        passes = -(-tokens // (ROWS * tiles // digits))
-        spread = 1 << (min(passes, ROWS).bit_length() - 1)
-        return cls(dtype, result, min(tokens, ROWS), tiles, spread, digits, gate)
+        tiles = min(_OF_TOKENS // digits, -(-tokens // SIDE))
+        passes = -(-tokens // (tiles * SIDE))
+        return cls(dtype, result, tiles, 1 << (min(passes, SIDE).bit_length() - 1), digits, gate)
 
     def add_to(self, module: ir.Module, name: str, lanes: int) -> None:
-        _Task.add_handler(self, module, name, lanes, 5 if self.dtype == "int8" else 2)
+        operands = 4 + self.digits if self.dtype == "int8" else 2
+
+        def count(code: Code, buffers: Buffers) -> Any:
+            return code.calc(buffers.dim(_W, 0), "/", COLUMNS)
+
+        add_handler(module, name, lanes, operands, 1, count, lambda *where: _Task(self, *where[:2]).write(where[2]))
 
 
-class _Task(PackedTask):
-    def multiply(self, first: Any, packed: Any, soon: Any) -> None:
+class _Task:
+    """The products of a block of outputs with all tokens."""
+
+    def __init__(self, kernel: TileProduct, code: Code, buffers: Buffers):
+        self.kernel, self.code, self.buffers, self.data = kernel, code, buffers, buffers.data
+        self.tokens, self.outputs = buffers.dim(len(self.data) - 1, 0), buffers.dim(_W, 0)
+        self.words = code.calc(buffers.dim(_W, 1), "/", PER_WORD[kernel.dtype])
+
+    def write(self, task: Any) -> None:
         code, kernel = self.code, self.kernel
-        self._describe_tiles()
-        sums = code.room(I32, VECTORS * kernel.tiles * _TILE_WORDS)
-        step = ROWS * kernel.tiles // kernel.digits
-        spread = code.least(self.tokens, kernel.spread * step)
-        # What a pass asks for with each step along the inputs.
-        lines = 2 * ROWS // kernel.spread
-        for begin, end, ask in ((0, spread, True), (spread, self.tokens, False)):
+        first = code.calc(task, "*", COLUMNS)
+        self._describe_registers()
+        sums = code.room(I32, _OF_TOKENS * _OF_OUTPUTS * _TILE_WORDS)
+        channels = self._channels(first)
+        # Memory is idle until then: the weights of the task that this thread may well take next.
+        soon = code.calc(task, "+", self.buffers.threads(), "*", COLUMNS)
+        soon = self._weights(code.least(soon, code.calc(self.outputs, "-", COLUMNS)))
+        step = kernel.tiles * SIDE
+        asked = code.least(self.tokens, kernel.spread * step)
+        for begin, end, lines in ((0, asked, COLUMNS // kernel.spread), (asked, self.tokens, 0)):
             with code.loop(begin, end, step) as top:
-                # What is left over at the end is computed several times, and comes out the same.
-                last = code.calc(self.tokens, "-", kernel.rows)
-                tokens = [code.least(code.calc(top, "+", t), last) for t in range(0, step, ROWS)]
-                rows = [
-                    code.at(self.data[_X], code.calc(self.tokens, "*", digit, "+", token, "*", self.words), I32)
-                    for token in tokens
-                    for digit in range(kernel.digits)
-                ]
-                for register in range(VECTORS * kernel.tiles):
+                # There may be one tile less: then the one before is done twice, and comes out the same.
+                last = code.calc(self.buffers.dim(_X, 0), "-", 1)
+                tiles = [code.least(code.calc(top, "/", SIDE, "+", n), last) for n in range(kernel.tiles)]
+                registers = range(kernel.tiles * kernel.digits * _OF_OUTPUTS)
+                for register in registers:
                     code.tiles("tilezero", register)
-                with code.loop(0, self.words, ROWS) as word:
-                    done = code.calc(top, "/", step, "*", self.words, "+", word, "/", ROWS, "*", lines)
-                    for line in range(lines if ask else 0):
-                        self.ask_for(soon, code.calc(done, "+", line))
-                    self._add(packed, rows, word)
-                for register in range(VECTORS * kernel.tiles):
+                with code.loop(0, self.words, SIDE) as word:
+                    done = code.calc(top, "/", step, "*", self.words, "+", word, "/", SIDE, "*", lines)
+                    for line in range(lines):
+                        code.prefetch(soon, code.calc(done, "+", line, "*", SIDE), I32, near=False)
+                    self._add(first, tiles, word)
+                for register in registers:
                     code.tiles(
                         "tilestored64", register, code.at(sums, register * _TILE_WORDS, I32), code.int(_ROW_BYTES)
                     )
-                self._finish(first, tokens, sums)
+                for number, tile in enumerate(tiles):
+                    self._finish(first, code.calc(tile, "*", SIDE), sums, number, channels)
         code.tiles("tilerelease")
 
-    def _describe_tiles(self) -> None:
-        """Says how large the registers are; until then there are none."""
+    def _describe_registers(self) -> None:
+        """Says how large they are; until then there are none."""
         code = self.code
         described = code.room(I64, 8)
         for number in range(8):
             code.store(code.int(0), code.at(described, number, I64))
         code.store(ir.Constant(I8, 1), code.at(described, _VERSION, I8))
         for register in range(_REGISTERS):
-            rows = self.kernel.rows if register < _OF_WEIGHTS else ROWS
-            size = code.at(described, _DESCRIBED_BYTES // 2 + register, I16)
-            code.store(ir.Constant(I16, _ROW_BYTES), size)
-            code.store(ir.Constant(I8, rows), code.at(described, _DESCRIBED_ROWS + register, I8))
+            code.store(ir.Constant(I16, _ROW_BYTES), code.at(described, _SIZES // 2 + register, I16))
+            code.store(ir.Constant(I8, SIDE), code.at(described, _ROWS + register, I8))
         code.tiles("ldtilecfg", described)
 
-    def _add(self, packed: Any, rows: list[Any], word: Any) -> None:
-        """Adds the products along sixteen words."""
-        code = self.code
-        operation = "tdpbf16ps" if self.kernel.dtype == "bfloat16" else "tdpbsud"
-        for v in range(VECTORS):
-            place = code.at(packed, code.calc(word, "*", self.columns, "+", v * ROWS), I32)
-            code.tiles("tileloadd64", _OF_WEIGHTS + v, place, code.int(4 * VECTORS * ROWS))
-        for number, row in enumerate(rows):
-            code.tiles("tileloadd64", _OF_ROWS + number, code.at(row, word, I32), code.calc(self.words, "*", 4))
-            for v in range(VECTORS):
-                code.tiles(operation, VECTORS * number + v, _OF_ROWS + number, _OF_WEIGHTS + v)
+    def _weights(self, output: Any) -> Any:
+        return self.code.at(self.data[_W], self.code.calc(output, "*", self.words), I32)
 
-    def _finish(self, first: Any, tokens: list[Any], sums: Any) -> None:
+    def _add(self, first: Any, tiles: list[Any], word: Any) -> None:
+        """Adds the products along sixteen words."""
+        code, kernel = self.code, self.kernel
+        operation = "tdpbf16ps" if kernel.dtype == "bfloat16" else "tdpbssd"
+        for v in range(_OF_OUTPUTS):
+            # Of pairs, the first ones are in one tile and the second ones in the other.
+            begin, stride = (v, 2) if kernel.gate else (v * SIDE, 1)
+            place = code.at(self._weights(code.calc(first, "+", begin)), word, I32)
+            code.tiles("tileloadd64", _WEIGHTS + v, place, code.calc(self.words, "*", 4 * stride))
+        operands = [(_X, tile) for tile in tiles] + [(_HIGH, tile) for tile in tiles[: kernel.digits - 1]]
+        for number, (operand, tile) in enumerate(operands):
+            place = code.calc(tile, "*", self.words, "+", word, "*", SIDE)
+            code.tiles("tileloadd64", _TOKENS + number, code.at(self.data[operand], place, I32), code.int(_ROW_BYTES))
+            for v in range(_OF_OUTPUTS):
+                code.tiles(operation, number * _OF_OUTPUTS + v, _WEIGHTS + v, _TOKENS + number)
+
+    def _channels(self, first: Any) -> list[Any]:
+        """The scales of int8's outputs, a vector for each tile of them."""
+        code = self.code
+        if self.kernel.dtype != "int8":
+            return []
+        vectors = [code.read(self.data[_CHANNELS], code.calc(first, "+", v * SIDE)) for v in range(_OF_OUTPUTS)]
+        return code.alternating(*vectors) if self.kernel.gate else vectors
+
+    def _finish(self, first: Any, top: Any, sums: Any, number: int, channels: list[Any]) -> None:
+        """Writes the results of a tile of tokens."""
+        code, kernel = self.code, self.kernel
+        columns = [code.transposed(self._sums(sums, number, v)) for v in range(_OF_OUTPUTS)]
+        last = code.calc(self.tokens, "-", 1)
+        for row, of_token in enumerate(zip(*columns, strict=True)):
+            values, token = list(of_token), code.least(code.calc(top, "+", row), last)
+            if kernel.dtype == "int8":
+                step = code.splat(code.get(self.data[_STEPS], token))
+                floats = [code.fmul(code.sitofp(value, code.vector), step) for value in values]
+                values = [code.fmul(value, scale) for value, scale in zip(floats, channels, strict=True)]
+            results = [gated(code, kernel.gate, *values)] if kernel.gate else values
+            begin = code.calc(token, "*", self.outputs, "+", first, "/", _OF_OUTPUTS // len(results))
+            for v, result in enumerate(results):
+                code.write(result, self.data[-1], code.calc(begin, "+", v * SIDE), kernel.result)
+
+    def _sums(self, sums: Any, number: int, v: int) -> list[Any]:
+        """A tile of tokens with one of outputs: a vector for each output, tokens in lanes."""
         code, kernel = self.code, self.kernel
         typ = code.ints if kernel.dtype == "int8" else code.vector
-        with code.loop(0, kernel.rows) as row:
-            for number, token in enumerate(tokens):
-                totals = []
-                for v in range(VECTORS):
-                    places = [VECTORS * (kernel.digits * number + digit) + v for digit in range(kernel.digits)]
-                    parts = [
-                        code.load(code.at(sums, code.calc(row, "*", ROWS, "+", place * _TILE_WORDS), I32), typ=typ)
-                        for place in places
-                    ]
-                    totals.append(parts[0] if kernel.digits == 1 else code.add(parts[0], raised(code, parts[1])))
-                self.finish(code.calc(token, "+", row), first, totals)
+        digits = [
+            [
+                code.load(code.at(sums, ((number + digit) * _OF_OUTPUTS + v) * _TILE_WORDS + row * SIDE, F32), typ=typ)
+                for row in range(SIDE)
+            ]
+            for digit in range(kernel.digits)
+        ]
+        if kernel.digits == 1:
+            return digits[0]
+        return [code.add(low, raised(code, high)) for low, high in zip(*digits, strict=True)]
