@@ -30,7 +30,7 @@ from ryzanstein_jax.engine.report import RankUsage, SetupReport
 from ryzanstein_jax.engine.runner import Runner
 from ryzanstein_jax.engine.usage import UsageMeter
 from ryzanstein_jax.errors import ConfigError
-from ryzanstein_jax.host_memory import return_host_memory, settle_host_memory, use_huge_pages
+from ryzanstein_jax.host_memory import memory_ranges, return_host_memory, settle_host_memory, use_huge_pages
 from ryzanstein_jax.memory import device_bytes, plan_memory, weight_bytes
 from ryzanstein_jax.metrics import Metrics
 from ryzanstein_jax.model.decoder import Decoder
@@ -172,9 +172,10 @@ class LocalExecutor:
         )
         self._last_step = time.monotonic()
 
+        places = memory_ranges(runner.arrays()) if device.platform == "cpu" else []
+
         def afterwards() -> None:
-            if device.platform == "cpu":
-                use_huge_pages(loaded.params)
+            use_huge_pages(places)
             if loaded.keep is not None:
                 loaded.keep()
 

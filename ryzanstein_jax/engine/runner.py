@@ -117,11 +117,15 @@ class Runner:
         mask[: len(plan.mask)] = plan.mask
         return mask
 
+    def arrays(self) -> list[jax.Array]:
+        """Weights and cache; steps put other arrays in the place of the cache's, in the same memory."""
+        return jax.tree.leaves((self._cache, self._params))
+
     def close(self) -> None:
         """Waits for what is in flight and lets go of the devices' memory."""
         jax.block_until_ready([tokens for _, tokens, *_ in self._in_flight])
         self._in_flight.clear()
-        for array in jax.tree.leaves((self._cache, self._params)):
+        for array in self.arrays():
             if not array.is_deleted():
                 array.delete()
         self._params = ()

@@ -1,6 +1,8 @@
 """The joined engine on tiny models: nothing compiles while requests run, and a request's tokens are its own affair."""
 
 import dataclasses
+import itertools
+import mmap
 from pathlib import Path
 
 import jax
@@ -13,7 +15,7 @@ from ryzanstein_jax.engine.engine import Engine
 from ryzanstein_jax.engine.local import LocalExecutor
 from ryzanstein_jax.engine.open import open_model
 from ryzanstein_jax.errors import ConfigError, EngineClosedError, MemoryBudgetError
-from ryzanstein_jax.host_memory import use_huge_pages
+from ryzanstein_jax.host_memory import memory_ranges, use_huge_pages
 from ryzanstein_jax.memory import weight_bytes
 from ryzanstein_jax.plan import StepPlan, StepResult
 from ryzanstein_jax.request import SamplingParams
@@ -287,9 +289,27 @@ def test_one_step_starts_many_short_prompts(monkeypatch):
 def test_huge_pages_change_nothing_but_where_arrays_lie():
     arrays = [jax.device_put(np.full((1 << 20) + 1, index, np.float32)) for index in range(4)]
     places = [array.unsafe_buffer_pointer() for array in arrays]
-    moved = use_huge_pages(arrays)
+    ranges = memory_ranges(reversed(arrays))
+    assert all(any(begin <= place < end for begin, end in ranges) for place in places)
+    assert all(before[1] + (2 << 20) <= after[0] for before, after in itertools.pairwise(ranges))
+    moved = use_huge_pages(ranges)
     mapped = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     if mapped.exists() and "[never]" not in mapped.read_text():
         assert 0 < moved <= sum(array.nbytes for array in arrays)
     assert [array.unsafe_buffer_pointer() for array in arrays] == places
     assert all((np.asarray(array) == index).all() for index, array in enumerate(arrays))
+
+
+def test_memory_that_cannot_be_moved_keeps_none_from_moving():
+    """A part that nobody has written to yet has nothing to move."""
+    page = 2 << 20
+    area = mmap.mmap(-1, 8 * page, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    numbers = np.frombuffer(area, np.uint8)
+    begin = -(-numbers.ctypes.data // page) * page
+    first = begin - numbers.ctypes.data
+    numbers[first + page : first + 4 * page] = 7
+    moved = use_huge_pages([(begin, begin + 4 * page)])
+    mapped = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if mapped.exists() and "[never]" not in mapped.read_text():
+        assert moved == 3 * page
+    assert (numbers[first + page : first + 4 * page] == 7).all() and not numbers[first : first + page].any()
