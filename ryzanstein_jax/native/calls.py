@@ -20,7 +20,7 @@ from ryzanstein_jax import native
 FEW_ROWS = {"float32": 32, "bfloat16": 64, "int8": 64}
 MANY_ROWS = {"float32": 33, "bfloat16": 65, "int8": 25}
 #: From which on a processor's instructions for tiles are.
-TILED_ROWS = {"bfloat16": 9, "int8": 16}
+TILED_ROWS = {"bfloat16": 5, "int8": 12}
 #: Bytes of activations up to which kernels take them; of more, they would read too many too often.
 MOST_BYTES = 16 << 20
 #: What the outputs of both must be multiples of.
