@@ -26,8 +26,8 @@ from ryzanstein_jax.orchestrator.process_group import Notice, ProcessGroup
 Progress = Callable[[str, int, int], None]
 #: How often the ranks are looked at, in seconds.
 TICK = 0.05
-#: How long the cause of a fault gets to show itself, in seconds.
-_CAUSE_SECONDS = 0.3
+#: How long the cause of a fault gets to show itself, in seconds, at most.
+_CAUSE_SECONDS = 2.0
 #: A rank tells of so many settings at most.
 _MOST_SETTINGS = 200
 #: Frames that a launch waits for, each once from every rank.
@@ -235,17 +235,29 @@ def fault_if_error(group: ProcessGroup, notice: Notice, *, serving: bool) -> Non
 
 
 def cause_of(group: ProcessGroup, fault: Fault) -> Fault:
-    """What lies behind a fault that may be an effect: whatever else shows itself within a moment, or else the fault."""
+    """What lies behind a fault that may be an effect: whatever else shows itself soon, or else the fault.
+
+    Who has died shows itself in a moment, unless the machine is busy. So it is waited for while there are ranks of
+    which nothing is known yet.
+    """
     if not fault.is_effect:
         return fault
+    told = set(fault.ranks)
     deadline = time.monotonic() + _CAUSE_SECONDS
-    while (left := deadline - time.monotonic()) > 0:
+    while len(told) < len(group.ranks) and (left := deadline - time.monotonic()) > 0:
         try:
-            for notice in group.poll(left):
-                fault_if_error(group, notice, serving=True)
+            notices = group.poll(left)
         except GroupFault as failure:
-            if not failure.fault.is_effect:
+            if not failure.fault.ranks or not told.issuperset(failure.fault.ranks):
                 return dataclasses.replace(failure.fault, seen=fault.seen)
+            continue  # a rank that told of an effect ends: that is one too
+        for notice in notices:
+            try:
+                fault_if_error(group, notice, serving=True)
+            except GroupFault as failure:
+                if not failure.fault.is_effect:
+                    return dataclasses.replace(failure.fault, seen=fault.seen)
+                told.add(notice.rank)
     return fault
 
 

@@ -26,7 +26,7 @@ from ryzanstein_jax.orchestrator.status import Heartbeat, RankSpec
 
 _KILL_SECONDS = 10.0
 #: How long it may take to learn how a process ended whose end is known: its parent tells.
-_EXIT_SECONDS = 0.3
+_EXIT_SECONDS = 1.0
 
 
 class ProcessGroup:
@@ -143,11 +143,13 @@ class ProcessGroup:
         agent = rank.agent
         if rank.exit_code is None and agent is not None and agent.is_up:
             # Only its parent can know, and tells in a moment; if that is gone too, this is what has happened.
+            deadline = time.monotonic() + _EXIT_SECONDS
             with contextlib.suppress(FrameError):
                 poller = select.poll()
                 poller.register(agent.channel, select.POLLIN)
-                if agent.has_news(self.generation) or poller.poll(_EXIT_SECONDS * 1000):
-                    self._read_agent(agent)
+                while rank.exit_code is None and (left := deadline - time.monotonic()) > 0:
+                    if agent.has_news(self.generation) or poller.poll(left * 1000):
+                        self._read_agent(agent)
         raise GroupFault(self.fault_of_end(rank))
 
     def fault_of_end(self, rank: Rank) -> Fault:

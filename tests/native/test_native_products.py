@@ -263,6 +263,36 @@ def test_who_multiplies_tiles(monkeypatch, missing, system, refusal, found):
     assert asked == ([(158, 0x1023, 18)] if not missing and system == "Linux" else [])
 
 
+@pytest.mark.parametrize(
+    ("machine", "name", "found"),
+    [("x86_64", "znver5", True), ("x86_64", "sapphirerapids", False), ("aarch64", "apple-m1", True)],
+)
+def test_who_sees_what_is_next(monkeypatch, machine, name, found):
+    monkeypatch.setattr(native, "processor", lambda: native.Processor(name, "", 16))
+    monkeypatch.setattr(native.platform, "machine", lambda: machine)
+    assert native.sees_what_is_next() == found
+
+
+@pytest.mark.parametrize("always", [False, True])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
+def test_asking_for_what_is_next_changes_no_number(monkeypatch, kind, always):
+    monkeypatch.setattr(native, "sees_what_is_next", lambda: not always)
+    jax.clear_caches()
+    x, kernel = operands(1, (64, 192), "bfloat16" if kind == "bfloat16" else "float32")
+    with jax.set_mesh(make_mesh(1)):
+        if kind == "int8":
+            kernel = jnp.clip(kernel * 40, -128, 127).astype(jnp.int8)
+            ours, y = calls_ours(lambda x, k: int8.product(x, k, jnp.ones(64), 1), x, kernel)
+            wanted = np.asarray(x, np.float64) @ np.asarray(kernel, np.float64).T
+            np.testing.assert_allclose(y, wanted, atol=0.02 * np.abs(wanted).max())
+        else:
+            ours, y = calls_ours(product, x, kernel)
+            wanted = np.asarray(x, np.float64) @ np.asarray(kernel, np.float64).T
+            np.testing.assert_allclose(np.asarray(y, np.float64), wanted, rtol=2**-8, atol=1e-3)
+    assert ours
+    jax.clear_caches()
+
+
 def test_what_they_do_not_take(monkeypatch):
     assert not calls.takes(1, (64, 64), "float32"), "no mesh: nobody says that it is for a CPU"
     with jax.set_mesh(make_mesh(1)):

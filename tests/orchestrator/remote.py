@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 
 from ryzanstein_jax.orchestrator.coordinator import free_port
+from tests.support import is_running
 
 ROOT = Path(__file__).resolve().parents[2]
 SECRET = "an open secret of the tests"
@@ -92,5 +93,5 @@ def until(condition: Callable[[], object], timeout: float = 60.0) -> None:
 
 
 def ranks_of(agent: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    """The ranks that an agent has forked."""
-    return psutil.Process(agent.pid).children()
+    """The ranks that an agent has forked, and that have not ended."""
+    return [child for child in psutil.Process(agent.pid).children() if is_running(child)]
