@@ -135,6 +135,7 @@ def run_clients(process: Process, act: Any = None, after: int = 0) -> list[tuple
         thread.join()
     errors = [one for one in found if isinstance(one, Exception)]
     assert not errors, errors
+    assert done.is_set() or act is None, "all streams had ended before"
     return found
 
 
