@@ -66,6 +66,6 @@ def use_huge_pages(ranges: Iterable[tuple[int, int]]) -> int:
         first, last = -(-begin // _HUGE_PAGE) * _HUGE_PAGE, end // _HUGE_PAGE * _HUGE_PAGE
         if last > first:
             madvise(first, last - first, advise)
-        # One by one: where one can't be moved, Linux leaves those after it as they are too.
+        # One by one: what says that one can't be moved says nothing of the others.
         moved += sum(_HUGE_PAGE for page in range(first, last, _HUGE_PAGE) if not madvise(page, _HUGE_PAGE, collapse))
     return moved

@@ -172,6 +172,7 @@ class LocalExecutor:
         )
         self._last_step = time.monotonic()
 
+        # Asked now: a step gives the cache's memory to other arrays.
         places = memory_ranges(runner.arrays()) if device.platform == "cpu" else []
 
         def afterwards() -> None:
